@@ -1,0 +1,72 @@
+// The only file that includes pybind11. Pointers arrive as integers from `Tensor.data_ptr()`; the Python wrappers in
+// ops/ have checked shapes, dtypes, devices and contiguity before they call.
+#include <pybind11/pybind11.h>
+
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using py::arg;
+using stepcredit::Scale;
+using stepcredit::Singleton;
+using Pointer = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* at(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+template <typename Float>
+void masked_advantages(Pointer rewards, Pointer groups, Pointer cu_seqlens, Pointer policy_mask, Pointer step_ids,
+                       Pointer step_gains, Pointer advantages, int64_t num_rollouts, int64_t num_tokens,
+                       int64_t num_steps, double alpha, double eps, int64_t ddof, bool scale_std,
+                       bool singleton_reward, double dead_zone, double negative_scale, double soft_clip,
+                       int threads) {
+  stepcredit::masked_advantages_cpu(stepcredit::MaskedAdvantagesParams<Float>{
+      at<const Float>(rewards), at<const int64_t>(groups), at<const int64_t>(cu_seqlens),
+      at<const uint8_t>(policy_mask), at<const int64_t>(step_ids), at<const Float>(step_gains),
+      at<Float>(advantages), num_rollouts, num_tokens, num_steps, alpha, eps, ddof,
+      scale_std ? Scale::kStd : Scale::kNone, singleton_reward ? Singleton::kReward : Singleton::kZero, dead_zone,
+      negative_scale, soft_clip, threads});
+}
+
+template <typename Float>
+void information_gain(Pointer logprobs, Pointer cu_branches, Pointer cu_variants, Pointer cu_steps, Pointer gain,
+                      Pointer real, Pointer baseline, Pointer scored, Pointer scores, Pointer best_variant,
+                      int64_t num_branches, int64_t num_variants, int64_t num_steps, int64_t head_tokens,
+                      double head_weight, int threads) {
+  stepcredit::information_gain_cpu(stepcredit::InformationGainParams<Float>{
+      at<const Float>(logprobs), at<const int64_t>(cu_branches), at<const int64_t>(cu_variants),
+      at<const int64_t>(cu_steps), at<Float>(gain), at<Float>(real), at<Float>(baseline), at<uint8_t>(scored),
+      at<Float>(scores), at<int64_t>(best_variant), num_branches, num_variants, num_steps, head_tokens, head_weight,
+      threads});
+}
+
+template <typename Float>
+void bind_float(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
+  const py::call_guard<py::gil_scoped_release> release;
+  m.def(name("masked_advantages_cpu").c_str(), &masked_advantages<Float>, release, py::kw_only(), arg("rewards"),
+        arg("groups"), arg("cu_seqlens"), arg("policy_mask"), arg("step_ids"), arg("step_gains"), arg("advantages"),
+        arg("num_rollouts"), arg("num_tokens"), arg("num_steps"), arg("alpha"), arg("eps"), arg("ddof"),
+        arg("scale_std"), arg("singleton_reward"), arg("dead_zone"), arg("negative_scale"), arg("soft_clip"),
+        arg("threads"));
+  m.def(name("information_gain_cpu").c_str(), &information_gain<Float>, release, py::kw_only(), arg("logprobs"),
+        arg("cu_branches"), arg("cu_variants"), arg("cu_steps"), arg("gain"), arg("real"), arg("baseline"),
+        arg("scored"), arg("scores"), arg("best_variant"), arg("num_branches"), arg("num_variants"),
+        arg("num_steps"), arg("head_tokens"), arg("head_weight"), arg("threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "StepCredit kernels without torch: raw pointers in, raw pointers out.";
+#ifdef STEPCREDIT_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  bind_float<float>(m, "_f32");
+  bind_float<double>(m, "_f64");
+}

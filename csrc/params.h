@@ -1,0 +1,50 @@
+// One plain struct per op: pointers, sizes, strides in elements. Shared by the CPU and CUDA kernels;
+// no torch and no Python header is included anywhere below this folder except in bindings.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace stepcredit {
+
+enum class Scale : int { kNone = 0, kStd = 1 };
+enum class Singleton : int { kZero = 0, kReward = 1 };
+
+// B rollouts, T packed tokens, S steps. Everything is contiguous.
+template <typename Float>
+struct MaskedAdvantagesParams {
+  const Float* rewards;           // [B]
+  const int64_t* groups;          // [B], in [0, B)
+  const int64_t* cu_seqlens;      // [B + 1]
+  const uint8_t* policy_mask;     // [T]
+  const int64_t* step_ids;        // [T], in [-1, S)
+  const Float* step_gains;        // [S], NaN = unscored
+  Float* advantages;              // [T], written everywhere
+  int64_t num_rollouts, num_tokens, num_steps;
+  double alpha, eps;
+  int64_t ddof;
+  Scale scale;
+  Singleton singleton;
+  double dead_zone, negative_scale, soft_clip;
+  int threads;
+};
+
+// R branches, V gold variants, S steps; offsets nest: steps own variants, variants own branches, branches own log-probs.
+template <typename Float>
+struct InformationGainParams {
+  const Float* logprobs;          // [M]
+  const int64_t* cu_branches;     // [R + 1] into logprobs
+  const int64_t* cu_variants;     // [V + 1] into branches; a variant's first branch is the real one
+  const int64_t* cu_steps;        // [S + 1] into variants
+  Float* gain;                    // [S], NaN where not scored
+  Float* real;                    // [S]
+  Float* baseline;                // [S], NaN where not scored
+  uint8_t* scored;                // [S]
+  Float* scores;                  // [R]
+  int64_t* best_variant;          // [S], index into all variants, -1 for a step without any
+  int64_t num_branches, num_variants, num_steps;
+  int64_t head_tokens;
+  double head_weight;
+  int threads;
+};
+
+}  // namespace stepcredit

@@ -1,0 +1,49 @@
+# Stub of the C++ extension (csrc/bindings.cpp), checked by stubtest. Arguments are addresses from Tensor.data_ptr().
+has_cuda: bool
+
+def masked_advantages_cpu_f32(
+    *,
+    rewards: int,
+    groups: int,
+    cu_seqlens: int,
+    policy_mask: int,
+    step_ids: int,
+    step_gains: int,
+    advantages: int,
+    num_rollouts: int,
+    num_tokens: int,
+    num_steps: int,
+    alpha: float,
+    eps: float,
+    ddof: int,
+    scale_std: bool,
+    singleton_reward: bool,
+    dead_zone: float,
+    negative_scale: float,
+    soft_clip: float,
+    threads: int,
+) -> None: ...
+
+masked_advantages_cpu_f64 = masked_advantages_cpu_f32
+
+def information_gain_cpu_f32(
+    *,
+    logprobs: int,
+    cu_branches: int,
+    cu_variants: int,
+    cu_steps: int,
+    gain: int,
+    real: int,
+    baseline: int,
+    scored: int,
+    scores: int,
+    best_variant: int,
+    num_branches: int,
+    num_variants: int,
+    num_steps: int,
+    head_tokens: int,
+    head_weight: float,
+    threads: int,
+) -> None: ...
+
+information_gain_cpu_f64 = information_gain_cpu_f32

@@ -1,0 +1,102 @@
+"""Which implementation of an op runs: the one place where that is decided.
+
+Order: `cuda`, `triton`, `cpu`, `reference`, the first that can run for these tensors. `impl=` on a call, or the
+environment variable `STEPCREDIT_IMPL` for every call, names one explicitly; if that one cannot run, a ValueError says
+why. Nothing here catches an exception of a kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+#: Says in one sentence why an implementation cannot run for these tensors; None when it can.
+WhyNot = Callable[..., "str | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    function: Callable[..., Any]
+    why_not: WhyNot
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+_warned: set[str] = set()
+
+
+def register(op: str, impl: str, why_not: WhyNot) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as implementation `impl` of `op`; `why_not(*tensors)` guards it."""
+    if impl not in ORDER:
+        raise ValueError(f"impl must be one of {ORDER}, got {impl!r}")
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _registry.setdefault(op, {})[impl] = Implementation(function, why_not)
+        return function
+
+    return add
+
+
+def resolve(op: str, impl: str | None, *tensors: torch.Tensor) -> str:
+    """Name of the implementation of `op` that runs for `tensors`; `impl` (or STEPCREDIT_IMPL) forces one."""
+    known = _registry[op]
+    forced = impl or os.environ.get("STEPCREDIT_IMPL")
+    if forced:
+        source = "impl" if impl else "STEPCREDIT_IMPL"
+        if forced not in known:
+            raise ValueError(f"{op}: {source}={forced!r} does not exist; there are {', '.join(known)}")
+        reason = known[forced].why_not(*tensors)
+        if reason is not None:
+            raise ValueError(f"{op}: {source}={forced!r} cannot run: {reason}")
+        return forced
+    for name in ORDER:
+        if name in known and known[name].why_not(*tensors) is None:
+            if name == "reference" and any(t.is_cuda for t in tensors) and op not in _warned:
+                _warned.add(op)
+                warnings.warn(f"{op}: no kernel can run for these CUDA tensors; using the reference", stacklevel=3)
+            return name
+    raise ValueError(f"{op}: nothing can run: {reasons(op, *tensors)}")
+
+
+def function(op: str, impl: str) -> Callable[..., Any]:
+    """The registered function of a resolved implementation."""
+    return _registry[op][impl].function
+
+
+def reasons(op: str, *tensors: torch.Tensor) -> dict[str, str | None]:
+    """For each implementation of `op`, why it cannot run for `tensors` (None when it can)."""
+    return {name: _registry[op][name].why_not(*tensors) for name in ORDER if name in _registry[op]}
+
+
+def ops() -> list[str]:
+    """Names of all registered ops."""
+    return sorted(_registry)
+
+
+def always(*_: torch.Tensor) -> None:
+    """Guard of the reference: it runs anywhere."""
+
+
+def native(*dtypes: torch.dtype) -> WhyNot:
+    """Guard of a C++ CPU kernel: the extension is built, all tensors are on the CPU, floating ones of a dtype served."""
+
+    def why_not(*tensors: torch.Tensor) -> str | None:
+        try:
+            import stepcredit._C  # noqa: F401
+        except ImportError as error:
+            return f"the C++ extension stepcredit._C is not importable ({error})"
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                return f"it serves CPU tensors, got one on {tensor.device}"
+            if tensor.is_floating_point() and tensor.dtype not in dtypes:
+                served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+                return f"it serves {served}, got {str(tensor.dtype).removeprefix('torch.')}"
+        return None
+
+    return why_not

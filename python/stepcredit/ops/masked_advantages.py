@@ -1,0 +1,219 @@
+"""`masked_advantages`: group-relative advantages on policy tokens, information gain on query tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from stepcredit import dispatch, reference
+from stepcredit.ops import _checks as check
+
+OP = "masked_advantages"
+dispatch.register(OP, "reference", dispatch.always)(reference.masked_advantages)
+
+
+@dispatch.register(OP, "cpu", dispatch.native(torch.float32, torch.float64))
+def _cpu(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    policy_mask: torch.Tensor,
+    step_ids: torch.Tensor,
+    step_gains: torch.Tensor,
+    *,
+    alpha: float,
+    eps: float,
+    ddof: int,
+    scale: str,
+    singleton: str,
+    dead_zone: float,
+    negative_scale: float,
+    soft_clip: float,
+) -> torch.Tensor:
+    from stepcredit import _C
+
+    kernel = _C.masked_advantages_cpu_f64 if rewards.dtype == torch.float64 else _C.masked_advantages_cpu_f32
+    inputs = [t.contiguous() for t in (rewards, groups, cu_seqlens, policy_mask, step_ids, step_gains)]
+    advantages = torch.empty(policy_mask.shape, dtype=rewards.dtype)
+    names = ("rewards", "groups", "cu_seqlens", "policy_mask", "step_ids", "step_gains")
+    kernel(
+        **{name: t.data_ptr() for name, t in zip(names, inputs, strict=True)},
+        advantages=advantages.data_ptr(),
+        num_rollouts=rewards.numel(),
+        num_tokens=policy_mask.numel(),
+        num_steps=step_gains.numel(),
+        alpha=alpha,
+        eps=eps,
+        ddof=ddof,
+        scale_std=scale == "std",
+        singleton_reward=singleton == "reward",
+        dead_zone=dead_zone,
+        negative_scale=negative_scale,
+        soft_clip=soft_clip,
+        threads=torch.get_num_threads(),
+    )
+    return advantages
+
+
+@torch.library.custom_op("stepcredit::masked_advantages", mutates_args=())
+def _op(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    policy_mask: torch.Tensor,
+    step_ids: torch.Tensor,
+    step_gains: torch.Tensor,
+    alpha: float,
+    eps: float,
+    ddof: int,
+    scale: str,
+    singleton: str,
+    dead_zone: float,
+    negative_scale: float,
+    soft_clip: float,
+    impl: str,
+) -> torch.Tensor:
+    if not rewards.is_cuda:
+        check.finite(OP, "rewards", rewards)
+        check.indices(OP, "groups", groups, 0, rewards.numel())
+        check.offsets(OP, "cu_seqlens", cu_seqlens, policy_mask.numel())
+        check.indices(OP, "step_ids", step_ids, -1, step_gains.numel())
+        check.require(not bool(step_gains.isinf().any()), f"{OP}: step_gains must be finite or NaN (unscored), got inf")
+        if ddof > 1 and rewards.numel():  # a group of two to ddof rollouts would divide by zero or less
+            sizes = groups.bincount()
+            short = int(((sizes > 1) & (sizes <= ddof)).sum())
+            check.require(short == 0, f"{OP}: ddof={ddof}, but {short} groups have at most that many rollouts")
+    return dispatch.function(OP, impl)(
+        rewards,
+        groups,
+        cu_seqlens,
+        policy_mask,
+        step_ids,
+        step_gains,
+        alpha=alpha,
+        eps=eps,
+        ddof=ddof,
+        scale=scale,
+        singleton=singleton,
+        dead_zone=dead_zone,
+        negative_scale=negative_scale,
+        soft_clip=soft_clip,
+    )
+
+
+@_op.register_fake
+def _(
+    rewards: torch.Tensor, groups: torch.Tensor, cu_seqlens: torch.Tensor, policy_mask: torch.Tensor, *_: object
+) -> torch.Tensor:
+    return rewards.new_empty(policy_mask.shape)
+
+
+def masked_advantages(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    policy_mask: torch.Tensor,
+    step_ids: torch.Tensor | None = None,
+    step_gains: torch.Tensor | None = None,
+    *,
+    alpha: float = 0.3,
+    eps: float = 1e-6,
+    ddof: int = 1,
+    scale: Literal["std", "none"] = "std",
+    singleton: Literal["zero", "reward"] = "zero",
+    dead_zone: float = 0.0,
+    negative_scale: float = 1.0,
+    soft_clip: float = math.inf,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Group-relative advantage on policy tokens, plus the stabilised step gain shared out over each step's query.
+
+    Equivalent, for every group g and token p of rollout i in g::
+
+        A_i   = (r_i - mean(r_g)) / (std(r_g, correction=ddof) + eps)    # scale="none": no division
+        x_t   = 0 if |gain_t| < dead_zone else gain_t
+        x_t   = negative_scale * x_t if x_t < 0 else x_t
+        x_t   = soft_clip * tanh(x_t / soft_clip)
+        adv_p = A_i + alpha * x_t / |Q_t|   if p is a query token of step t, else A_i;  0 where not policy_mask_p
+
+    Not differentiable: advantages are constants of the loss. Deterministic.
+
+    Args:
+        rewards: float [B], one outcome reward a rollout, finite.
+        groups: int64 [B], group of each rollout, in [0, B).
+        cu_seqlens: int64 [B+1], token offsets of the rollouts.
+        policy_mask: bool [T], True on tokens the policy wrote.
+        step_ids: int64 [T], step whose query the token belongs to, else -1. None: no token belongs to a step.
+        step_gains: float [S], gain of each step in nats; NaN marks an unscored step, which gets no bonus.
+        alpha: weight of the gains (IG-Search: 0.3).
+        eps: added to the standard deviation.
+        ddof: degrees of freedom subtracted in the variance; 1 is torch.std's default.
+        scale: "std" divides by the group's standard deviation, "none" only centres (Dr. GRPO).
+        singleton: advantage of a group of one: "zero", or "reward" (mean 0, deviation 1, as verl and Search-R1 do).
+        dead_zone: gains smaller in magnitude count as zero, nats. The paper names it and gives no value.
+        negative_scale: factor on negative gains; below 1 a bad query costs less than a good one earns.
+        soft_clip: bound of the gains, nats; inf switches it off. The tanh form is ours.
+        impl: "cpu" or "reference"; None picks the first that can run.
+
+    Returns:
+        advantages [T], dtype of `rewards`. A group whose rewards are all equal gets exactly 0 before gains.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong; offsets fall; an index is out of range (values are
+            checked for CPU tensors only, since on a GPU the check would make the host wait).
+
+    Source: GRPO as in Search-R1 (arXiv 2503.09516), gains as in IG-Search (arXiv 2604.15148, equation 4). Parity: verl and
+    Search-R1 are eps=1e-6, ddof=1, singleton="reward"; TRL is eps=1e-4, ddof=1; OpenRLHF is eps=1e-9, ddof=1.
+    """
+    check.tensor(OP, "rewards", rewards, 1, "f")
+    check.tensor(OP, "groups", groups, 1, "i")
+    check.tensor(OP, "cu_seqlens", cu_seqlens, 1, "i")
+    check.tensor(OP, "policy_mask", policy_mask, 1, "b")
+    if (step_ids is None) != (step_gains is None):
+        raise ValueError(f"{OP}: step_ids and step_gains go together, got only one of them")
+    if step_ids is None or step_gains is None:
+        step_ids = torch.full_like(policy_mask, -1, dtype=torch.int64)
+        step_gains = rewards.new_empty(0)
+    check.tensor(OP, "step_ids", step_ids, 1, "i")
+    check.tensor(OP, "step_gains", step_gains, 1, "f")
+    check.same_device(
+        OP,
+        rewards=rewards,
+        groups=groups,
+        cu_seqlens=cu_seqlens,
+        policy_mask=policy_mask,
+        step_ids=step_ids,
+        step_gains=step_gains,
+    )
+    check.length(OP, "groups", groups, rewards.shape[0], "one a rollout")
+    check.length(OP, "cu_seqlens", cu_seqlens, rewards.shape[0] + 1, "one more than rollouts")
+    check.length(OP, "step_ids", step_ids, policy_mask.shape[0], "one a token")
+    check.choice(OP, "scale", scale, ("std", "none"))
+    check.choice(OP, "singleton", singleton, ("zero", "reward"))
+    check.in_range(OP, "eps", eps, 0.0, 1.0)
+    check.in_range(OP, "ddof", ddof, 0, 2**31)
+    check.in_range(OP, "alpha", alpha, -1e6, 1e6)
+    check.in_range(OP, "dead_zone", dead_zone, 0.0, 1e6)
+    check.in_range(OP, "negative_scale", negative_scale, 0.0, 1e6)
+    check.require(soft_clip > 0, f"{OP}: soft_clip must be positive, got {soft_clip!r}")
+    step_gains = step_gains.to(rewards.dtype)
+    name = dispatch.resolve(OP, impl, rewards, groups, cu_seqlens, policy_mask, step_ids, step_gains)
+    return _op(
+        rewards.detach(),
+        groups,
+        cu_seqlens,
+        policy_mask,
+        step_ids,
+        step_gains.detach(),
+        alpha,
+        eps,
+        ddof,
+        scale,
+        singleton,
+        dead_zone,
+        negative_scale,
+        soft_clip,
+        name,
+    )

@@ -1,0 +1,201 @@
+"""Every op in eager PyTorch: the specification. Kernels are tested against these functions in float64.
+
+Shape letters: B rollouts, T packed tokens, S steps, R branches, M answer tokens, N rows, V vocabulary, H hidden,
+K targets or hits, Q queries, P passages, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def stabilise(gain_S: Tensor, dead_zone: float, negative_scale: float, soft_clip: float) -> Tensor:
+    """Dead zone, then asymmetric negative scaling, then soft clipping (the order is ours; the paper leaves it open)."""
+    x = torch.where(gain_S.abs() < dead_zone, torch.zeros_like(gain_S), gain_S)
+    x = torch.where(x < 0, negative_scale * x, x)
+    return soft_clip * torch.tanh(x / soft_clip) if math.isfinite(soft_clip) else x
+
+
+def masked_advantages(
+    rewards_B: Tensor,
+    groups_B: Tensor,
+    cu_seqlens: Tensor,
+    policy_mask_T: Tensor,
+    step_ids_T: Tensor,
+    step_gains_S: Tensor,
+    *,
+    alpha: float,
+    eps: float,
+    ddof: int,
+    scale: str,
+    singleton: str,
+    dead_zone: float,
+    negative_scale: float,
+    soft_clip: float,
+) -> Tensor:
+    advantage_B = torch.zeros_like(rewards_B)
+    for group in groups_B.unique():
+        member = groups_B == group
+        r = rewards_B[member]
+        if r.numel() == 1:
+            centred, deviation = r if singleton == "reward" else torch.zeros_like(r), torch.ones_like(r)
+        else:
+            # Equal rewards give exactly zero; a rounded mean would leave 1e-17 / eps behind.
+            centred = r - r.mean() if r.min() < r.max() else torch.zeros_like(r)
+            deviation = (centred.square().sum() / (r.numel() - ddof)).sqrt()
+        advantage_B[member] = centred / (deviation + eps) if scale == "std" else centred
+
+    advantage_T = advantage_B.repeat_interleave(cu_seqlens.diff()) * policy_mask_T
+    for step, gain in enumerate(stabilise(step_gains_S, dead_zone, negative_scale, soft_clip)):
+        query_T = (step_ids_T == step) & policy_mask_T
+        if query_T.any() and not gain.isnan():
+            advantage_T = torch.where(query_T, advantage_T + alpha * gain / query_T.sum(), advantage_T)
+    return advantage_T
+
+
+class InformationGain(NamedTuple):
+    """Result of `information_gain`; scores in nats per (weighted) answer token."""
+
+    gain: Tensor
+    real: Tensor
+    baseline: Tensor
+    scored: Tensor
+    scores: Tensor
+    best_variant: Tensor
+
+
+def information_gain(
+    logprobs_M: Tensor,
+    cu_branches: Tensor,
+    cu_variants: Tensor,
+    cu_steps: Tensor,
+    *,
+    head_tokens: int,
+    head_weight: float,
+) -> InformationGain:
+    def score(branch: int) -> Tensor:
+        lp = logprobs_M[cu_branches[branch] : cu_branches[branch + 1]]
+        weight = torch.ones_like(lp)
+        weight[:head_tokens] = head_weight
+        return (weight * lp).sum() / weight.sum()  # 0 / 0 = NaN: no weighted token, no score
+
+    nan = logprobs_M.new_full((), math.nan)
+    scores_R = logprobs_M.new_full((cu_branches.numel() - 1,), math.nan)
+    real, baseline, best = [], [], []
+    for step in range(cu_steps.numel() - 1):
+        best_real, best_baseline, best_variant = nan, nan, -1
+        for variant in range(int(cu_steps[step]), int(cu_steps[step + 1])):
+            first, last = int(cu_variants[variant]), int(cu_variants[variant + 1])
+            for branch in range(first, last):
+                scores_R[branch] = score(branch)
+            if first == last:
+                continue
+            candidate = scores_R[first]
+            if best_variant < 0 or candidate > best_real or (best_real.isnan() and not candidate.isnan()):
+                best_real, best_variant = candidate, variant
+                best_baseline = scores_R[first + 1 : last].mean()  # of nothing: NaN
+        real.append(best_real)
+        baseline.append(best_baseline)
+        best.append(best_variant)
+    real_S = torch.stack(real) if real else scores_R.new_zeros(0)
+    baseline_S = torch.stack(baseline) if baseline else scores_R.new_zeros(0)
+    gain_S = real_S - baseline_S
+    best_S = torch.tensor(best, dtype=torch.int64, device=logprobs_M.device)
+    return InformationGain(gain_S, real_S, baseline_S, ~gain_S.isnan(), scores_R, best_S)
+
+
+def logits(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """Float32 (or wider) logits as a model with these settings would give them, divided by the temperature."""
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    z_NV = hidden_NH.to(wide) @ weight_VH.to(wide).T
+    if bias_V is not None:
+        z_NV = z_NV + bias_V.to(wide)
+    z_NV = z_NV * logit_scale
+    if softcap is not None:
+        z_NV = softcap * torch.tanh(z_NV / softcap)
+    return z_NV / temperature
+
+
+def gather_logprobs(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_NK: Tensor,
+    bias_V: Tensor | None,
+    row_mask_N: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [N, K] of the targets and the entropy [N]; both 0 on masked rows, whose targets are not read."""
+    logp_NV = logits(hidden_NH, weight_VH, bias_V, temperature, softcap, logit_scale).log_softmax(-1)
+    if row_mask_N is not None:
+        targets_NK = targets_NK * row_mask_N[:, None]
+    logprobs_NK = logp_NV.gather(-1, targets_NK)
+    p_NV = logp_NV.exp()
+    entropy_N = -(p_NV * torch.where(p_NV > 0, logp_NV, 0)).sum(-1)  # 0 log 0 = 0
+    if row_mask_N is not None:
+        logprobs_NK = torch.where(row_mask_N[:, None], logprobs_NK, 0)
+        entropy_N = torch.where(row_mask_N, entropy_N, 0)
+    return logprobs_NK, entropy_N
+
+
+def topk_search(queries_QD: Tensor, vectors_PD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest inner products of each query, ties by lower id."""
+    scores_QP = queries_QD @ vectors_PD.T
+    scores_QP, ids_QP = scores_QP.sort(dim=-1, descending=True, stable=True)
+    return scores_QP[:, :k], ids_QP[:, :k]
+
+
+def tree_mask(
+    cu_segments: Tensor, cu_ranges: Tensor, ranges: Tensor, positions_T: Tensor, window: int | None
+) -> Tensor:
+    """[T, T] True where query token (row) may see key token (column)."""
+    T = positions_T.numel()
+    index = torch.arange(T, device=positions_T.device)
+    mask_TT = torch.zeros(T, T, dtype=torch.bool, device=positions_T.device)
+    for segment in range(cu_segments.numel() - 1):
+        start, stop = int(cu_segments[segment]), int(cu_segments[segment + 1])
+        mask_TT[start:stop, start:stop] = index[start:stop, None] >= index[None, start:stop]
+        for low, high in ranges[cu_ranges[segment] : cu_ranges[segment + 1]].tolist():
+            mask_TT[start:stop, low:high] = True
+    if window is not None:  # a sliding window counts tokens along the path, itself included
+        mask_TT &= positions_T[:, None] - positions_T[None, :] < window
+    return mask_TT
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_segments: Tensor,
+    cu_ranges: Tensor,
+    ranges: Tensor,
+    positions_T: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """q [T, Hq, D] over k, v [T, Hkv, D]; heads are grouped, every query token sees its path."""
+    repeat = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q.to(wide), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask_TT = tree_mask(cu_segments, cu_ranges, ranges, positions_T, window)
+    scores = scores.masked_fill(~mask_TT, -math.inf)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1), v).to(q.dtype)

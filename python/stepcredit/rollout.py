@@ -1,0 +1,248 @@
+"""What happened, token by token: `Span`, `Rollout`, and the packed `RolloutBatch`.
+
+Token ids are the ones that were generated or fed; nothing here, and nothing downstream, re-tokenises text.
+Who wrote a token follows from the kind of the span it lies in (`ENVIRONMENT_KINDS`), so there is no second
+mask to keep in step with the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import torch
+
+
+class SpanKind(str, Enum):
+    """The kind of a run of tokens. Tags written by the policy are TAG; tags written by the environment belong
+    to the environment span they wrap."""
+
+    PROMPT = "prompt"
+    THINK = "think"
+    QUERY = "query"
+    DOCUMENTS = "documents"
+    REFINE = "refine"
+    MERGE = "merge"
+    ASK = "ask"
+    REPLY = "reply"
+    MEMORY = "memory"
+    ANSWER = "answer"
+    TAG = "tag"
+    NOTICE = "notice"
+
+
+#: Kinds whose tokens the environment wrote. They carry no gradient and receive no credit.
+ENVIRONMENT_KINDS = frozenset(
+    {SpanKind.PROMPT, SpanKind.DOCUMENTS, SpanKind.REPLY, SpanKind.MEMORY, SpanKind.NOTICE}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `[start, stop)` of one rollout. `step` counts searches from 0; -1 outside any search step."""
+
+    kind: SpanKind
+    start: int
+    stop: int
+    step: int = -1
+
+    @property
+    def by_policy(self) -> bool:
+        return self.kind not in ENVIRONMENT_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its gold answers.
+
+    Attributes:
+        id: unique within a data set; counterfactual passages are never drawn from a rollout of the same id.
+        text: the question.
+        answers: gold answer and aliases; at least one, none empty.
+        supporting: ids of the passages that together support the answer (may be empty when unknown).
+        plan: search queries that reach the supporting passages in order (for demonstrations; may be empty).
+        kind: free label such as "one_hop" or "bridge", used to break evaluation down.
+    """
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    supporting: tuple[str, ...] = ()
+    plan: tuple[str, ...] = ()
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f"question {self.id!r}: text is empty")
+        if not self.answers or any(not a.strip() for a in self.answers):
+            raise ValueError(
+                f"question {self.id!r}: answers must hold at least one non-empty gold answer, got {self.answers!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One executed search: the query text as parsed, the ids of the passages shown, whether retrieval failed."""
+
+    step: int
+    query: str
+    passage_ids: tuple[str, ...]
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled trajectory.
+
+    Attributes:
+        question: what was asked.
+        tokens: token ids, prompt included, exactly as fed or sampled.
+        prompt_length: number of leading prompt tokens.
+        spans: consecutive spans that tile `[0, len(tokens))`.
+        logprobs: log-prob under which each token was sampled (nats); NaN where the environment wrote.
+        group: index of the group of rollouts that share this question.
+        finish: why it ended: "answered", "unclosed", "context" (documented with the engine).
+        answer: text of the answer span, None when there is none.
+        searches: the executed searches, in order of `step`.
+        rewards: reward parts by name; filled after the rollout.
+        counts: what went wrong and how often, e.g. {"invalid_turns": 1, "forged_tags": 2}.
+    """
+
+    question: Question
+    tokens: list[int]
+    prompt_length: int
+    spans: list[Span]
+    logprobs: list[float]
+    group: int = 0
+    finish: str = "answered"
+    answer: str | None = None
+    searches: list[Search] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError unless spans tile the tokens and every policy token has a finite log-prob."""
+        where = f"rollout of question {self.question.id!r}"
+        if len(self.logprobs) != len(self.tokens):
+            raise ValueError(f"{where}: logprobs has {len(self.logprobs)} entries for {len(self.tokens)} tokens")
+        if not 0 < self.prompt_length <= len(self.tokens):
+            raise ValueError(f"{where}: prompt_length {self.prompt_length} not in [1, {len(self.tokens)}]")
+        at = 0
+        for span in self.spans:
+            if span.start != at or span.stop <= span.start:
+                raise ValueError(f"{where}: spans must tile the tokens; {span} does not start at {at} or is empty")
+            if span.by_policy:
+                bad = next((i for i in range(span.start, span.stop) if not math.isfinite(self.logprobs[i])), None)
+                if bad is not None:
+                    raise ValueError(f"{where}: log-prob of policy token {bad} is {self.logprobs[bad]}")
+            at = span.stop
+        if at != len(self.tokens):
+            raise ValueError(f"{where}: spans end at {at}, tokens at {len(self.tokens)}")
+        if not self.spans or self.spans[0].kind is not SpanKind.PROMPT or self.spans[0].stop != self.prompt_length:
+            raise ValueError(f"{where}: the first span must be PROMPT of length prompt_length={self.prompt_length}")
+
+    def steps(self) -> list[int]:
+        """Search steps that have query tokens, ascending."""
+        return sorted({s.step for s in self.spans if s.kind is SpanKind.QUERY and s.step >= 0})
+
+    def find(self, kind: SpanKind, step: int) -> Span | None:
+        """The first span of this kind and step, None when there is none."""
+        return next((s for s in self.spans if s.kind is kind and s.step == step), None)
+
+    @property
+    def reward(self) -> float:
+        """The total reward, `rewards["total"]`; ValueError before rewards were assigned."""
+        if "total" not in self.rewards:
+            raise ValueError(f"rollout of question {self.question.id!r} has no reward 'total'; parts: {self.rewards}")
+        return self.rewards["total"]
+
+
+@dataclass(slots=True)
+class RolloutBatch:
+    """Rollouts packed without padding. B rollouts, T tokens in all, S search steps in all.
+
+    Attributes:
+        tokens: int64 [T].
+        cu_seqlens: int64 [B+1], token offsets of the rollouts.
+        policy_mask: bool [T], True where the policy wrote the token.
+        step_ids: int64 [T], global step whose query this token belongs to, else -1.
+        groups: int64 [B], dense group indices in [0, B).
+        rewards: float32 [B], total reward.
+        sampling_logprobs: float32 [T], nats, 0 where the environment wrote.
+        step_rollout: int64 [S], rollout of each global step.
+        step_index: int64 [S], the step's number inside its rollout.
+        rollouts: the B rollouts themselves.
+    """
+
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor
+    policy_mask: torch.Tensor
+    step_ids: torch.Tensor
+    groups: torch.Tensor
+    rewards: torch.Tensor
+    sampling_logprobs: torch.Tensor
+    step_rollout: torch.Tensor
+    step_index: torch.Tensor
+    rollouts: list[Rollout]
+
+    @classmethod
+    def pack(cls, rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> RolloutBatch:
+        """Pack rollouts in the given order. Group labels may be any integers; they become dense indices."""
+        if not rollouts:
+            raise ValueError("rollouts is empty: nothing to pack")
+        lengths = [len(r.tokens) for r in rollouts]
+        cu = np.zeros(len(rollouts) + 1, np.int64)
+        np.cumsum(lengths, out=cu[1:])
+        policy = np.zeros(cu[-1], bool)
+        step_ids = np.full(cu[-1], -1, np.int64)
+        step_rollout: list[int] = []
+        step_index: list[int] = []
+        for b, rollout in enumerate(rollouts):
+            number = {}
+            for step in rollout.steps():
+                number[step] = len(step_rollout)
+                step_rollout.append(b)
+                step_index.append(step)
+            for span in rollout.spans:
+                at = slice(cu[b] + span.start, cu[b] + span.stop)
+                policy[at] = span.by_policy
+                if span.kind is SpanKind.QUERY and span.step >= 0:
+                    step_ids[at] = number[span.step]
+        dense = {g: i for i, g in enumerate(dict.fromkeys(r.group for r in rollouts))}
+        logprobs = np.concatenate([np.asarray(r.logprobs, np.float32) for r in rollouts])
+
+        def put(x: object, dtype: torch.dtype) -> torch.Tensor:
+            return torch.as_tensor(np.asarray(x), dtype=dtype).to(device)
+
+        return cls(
+            tokens=put(np.concatenate([np.asarray(r.tokens, np.int64) for r in rollouts]), torch.int64),
+            cu_seqlens=put(cu, torch.int64),
+            policy_mask=put(policy, torch.bool),
+            step_ids=put(step_ids, torch.int64),
+            groups=put([dense[r.group] for r in rollouts], torch.int64),
+            rewards=put([r.reward for r in rollouts], torch.float32),
+            sampling_logprobs=put(np.where(policy, logprobs, 0), torch.float32),
+            step_rollout=put(np.asarray(step_rollout, np.int64), torch.int64),
+            step_index=put(np.asarray(step_index, np.int64), torch.int64),
+            rollouts=list(rollouts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def num_steps(self) -> int:
+        return self.step_rollout.numel()
+
+    def padded(self, packed: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """Packed [T] to padded [B, L], right-padded with `fill`, for trainers that hold (B, L) tensors."""
+        if packed.shape != self.tokens.shape:
+            raise ValueError(f"packed has shape {tuple(packed.shape)}, expected {tuple(self.tokens.shape)}")
+        parts = torch.split(packed, torch.diff(self.cu_seqlens).tolist())
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
