@@ -35,9 +35,7 @@ class SpanKind(str, Enum):
 
 
 #: Kinds whose tokens the environment wrote. They carry no gradient and receive no credit.
-ENVIRONMENT_KINDS = frozenset(
-    {SpanKind.PROMPT, SpanKind.DOCUMENTS, SpanKind.REPLY, SpanKind.MEMORY, SpanKind.NOTICE}
-)
+ENVIRONMENT_KINDS = frozenset({SpanKind.PROMPT, SpanKind.DOCUMENTS, SpanKind.REPLY, SpanKind.MEMORY, SpanKind.NOTICE})
 
 
 @dataclass(frozen=True, slots=True)

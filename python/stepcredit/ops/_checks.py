@@ -20,9 +20,7 @@ def tensor(op: str, name: str, value: object, ndim: int | tuple[int, ...], kinds
     require(value.ndim in allowed, f"{op}: {name} must have {allowed} dimensions, got shape {tuple(value.shape)}")
     kind = "f" if value.is_floating_point() else {torch.int64: "i", torch.bool: "b"}.get(value.dtype, "?")
     wanted = {"f": "a floating dtype", "i": "int64", "b": "bool"}
-    require(
-        kind in kinds, f"{op}: {name} must have {' or '.join(wanted[k] for k in kinds)}, got {value.dtype}"
-    )
+    require(kind in kinds, f"{op}: {name} must have {' or '.join(wanted[k] for k in kinds)}, got {value.dtype}")
     return value
 
 
