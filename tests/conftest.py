@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 
 # Nothing may reach for a hub; the setting is read when the libraries are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,7 +12,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and friends hold NaN, so that an output element nobody wrote is seen."""
 
     def poisoned(function):
@@ -29,7 +28,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 
-import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import numerics
 from stepcredit import dispatch, masked_advantages, reference
 
 DEFAULTS = dict(

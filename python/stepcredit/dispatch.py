@@ -84,7 +84,7 @@ def always(*_: torch.Tensor) -> None:
 
 
 def native(*dtypes: torch.dtype) -> WhyNot:
-    """Guard of a C++ CPU kernel: the extension is built, all tensors are on the CPU, floating ones of a dtype served."""
+    """Guard of a C++ CPU kernel: the extension is built, tensors are on the CPU, floating ones of a served dtype."""
 
     def why_not(*tensors: torch.Tensor) -> str | None:
         try:

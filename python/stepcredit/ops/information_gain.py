@@ -129,8 +129,8 @@ def information_gain(
         ValueError: a shape, dtype, device or option is wrong; offsets fall or do not end where the next level begins; a
             log-prob is not finite (values are checked for CPU tensors only).
 
-    Source: IG-Search (arXiv 2604.15148), equations 2 and 3, and its released `ig_reward.py` for the head weights and for
-    taking the gold variant with the highest real score.
+    Source: IG-Search (arXiv 2604.15148), equations 2 and 3, and its released `ig_reward.py` for the head weights and
+    for taking the gold variant with the highest real score.
     """
     check.tensor(OP, "logprobs", logprobs, 1, "f")
     for name, offsets in (("cu_branches", cu_branches), ("cu_variants", cu_variants), ("cu_steps", cu_steps)):

