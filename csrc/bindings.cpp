@@ -43,6 +43,12 @@ void information_gain(Pointer logprobs, Pointer cu_branches, Pointer cu_variants
       threads});
 }
 
+void topk_search(Pointer tile, int64_t rows, int64_t num_queries, int64_t first_id, int64_t k, Pointer scores,
+                 Pointer ids, int threads) {
+  stepcredit::topk_search_cpu(stepcredit::TopkSearchParams{at<const float>(tile), rows, num_queries, first_id, k,
+                                                           at<float>(scores), at<int64_t>(ids), threads});
+}
+
 template <typename Float>
 void bind_float(py::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
@@ -69,4 +75,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_float<float>(m, "_f32");
   bind_float<double>(m, "_f64");
+  m.def("topk_search_cpu", &topk_search, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("tile"),
+        arg("rows"), arg("num_queries"), arg("first_id"), arg("k"), arg("scores"), arg("ids"), arg("threads"));
 }

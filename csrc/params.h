@@ -47,4 +47,16 @@ struct InformationGainParams {
   int threads;
 };
 
+// Folds the scores of one stripe of passages into each query's list of the best so far. Tiles come in order of their
+// passages; before one with first_id = n every list holds min(k, n) entries. Everything is contiguous.
+struct TopkSearchParams {
+  const float* tile;              // [rows, num_queries], inner products
+  int64_t rows, num_queries;
+  int64_t first_id;               // passage of the tile's first row
+  int64_t k;                      // at most the number of passages
+  float* scores;                  // [num_queries, k], best first
+  int64_t* ids;                   // [num_queries, k]
+  int threads;
+};
+
 }  // namespace stepcredit

@@ -11,4 +11,6 @@ void masked_advantages_cpu(const MaskedAdvantagesParams<double>& p);
 void information_gain_cpu(const InformationGainParams<float>& p);
 void information_gain_cpu(const InformationGainParams<double>& p);
 
+void topk_search_cpu(const TopkSearchParams& p);
+
 }  // namespace stepcredit

@@ -1,6 +1,6 @@
 """StepCredit: step-level credit for reinforcement learning of search agents."""
 
-from stepcredit.ops import information_gain, masked_advantages
+from stepcredit.ops import information_gain, masked_advantages, topk_search
 from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, Span, SpanKind
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "SpanKind",
     "information_gain",
     "masked_advantages",
+    "topk_search",
 ]

@@ -153,8 +153,9 @@ def gather_logprobs(
 
 
 def topk_search(queries_QD: Tensor, vectors_PD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest inner products of each query, ties by lower id."""
-    scores_QP = queries_QD @ vectors_PD.T
+    """The k largest inner products of each query in float32 (or wider), ties by lower id, NaN first."""
+    wide = torch.promote_types(queries_QD.dtype, torch.float32)
+    scores_QP = queries_QD.to(wide) @ vectors_PD.to(wide).T
     scores_QP, ids_QP = scores_QP.sort(dim=-1, descending=True, stable=True)
     return scores_QP[:, :k], ids_QP[:, :k]
 

@@ -1,0 +1,161 @@
+"""Texts to vectors with any Hugging Face encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stepcredit.retrieval import Passage
+
+Pooling = Literal["mean", "cls"]
+
+#: Texts are tokenised this many batches at a time: long enough to sort by length, short enough to hold.
+_BATCHES_PER_CHUNK = 64
+
+
+class Convention(TypedDict):
+    """How a family of encoders was trained, and so has to be used. See `Encoder` for the fields."""
+
+    query_prefix: str
+    passage_prefix: str
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+
+
+#: Use as `Encoder(model, tokenizer, **CONVENTIONS["e5"])`. "gte" is thenlper/gte-*; the later gte-*-v1.5 pool "cls".
+CONVENTIONS: dict[str, Convention] = {
+    "e5": Convention(
+        query_prefix="query: ", passage_prefix="passage: ", pooling="mean", normalize=True, max_length=512
+    ),
+    "bge": Convention(
+        query_prefix="Represent this sentence for searching relevant passages: ",
+        passage_prefix="",
+        pooling="cls",
+        normalize=True,
+        max_length=512,
+    ),
+    "gte": Convention(query_prefix="", passage_prefix="", pooling="mean", normalize=True, max_length=512),
+    "minilm": Convention(query_prefix="", passage_prefix="", pooling="mean", normalize=True, max_length=256),
+}
+
+
+class Encoder:
+    """One vector per text: the model's last hidden states, pooled.
+
+    Texts are batched by length (so little is padded) and the vectors come back in the order of the texts.
+
+    Args:
+        model: a Hugging Face encoder whose output has `last_hidden_state`; put into evaluation mode here. Vectors
+            stay on its device.
+        tokenizer: the model's own.
+        query_prefix, passage_prefix: written before every query or passage, as in the encoder's training.
+        pooling: "mean" over a text's tokens, or the first token ("cls").
+        normalize: divide every vector by its L2 norm, so that an inner product is a cosine.
+        max_length: tokens per text, prefix and special tokens included; what is longer is cut and counted in
+            `truncated`.
+        batch_size: texts per forward pass.
+
+    Attributes:
+        truncated: how many texts were cut to `max_length` so far.
+
+    Raises:
+        ValueError: unknown pooling; `max_length` below 1 or beyond the model's positions; `batch_size` below 1; a
+            tokenizer with more tokens than the model has embeddings.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        query_prefix: str = "",
+        passage_prefix: str = "",
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        max_length: int = 512,
+        batch_size: int = 64,
+    ) -> None:
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(get_args(Pooling))}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if max_length < 1 or (positions is not None and max_length > positions):
+            raise ValueError(f"max_length is {max_length}; it must be at least 1 and at most the model's {positions}")
+        embeddings = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > embeddings:
+            raise ValueError(f"tokenizer has {len(tokenizer)} tokens, but model has embeddings for {embeddings}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.query_prefix = query_prefix
+        self.passage_prefix = passage_prefix
+        self.pooling = pooling
+        self.normalize = normalize
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.truncated = 0
+
+    @property
+    def width(self) -> int:
+        """D, the length of a vector."""
+        return int(self.model.config.hidden_size)
+
+    def encode_queries(self, queries: Sequence[str]) -> Tensor:
+        """Vectors of queries, [Q, D] float32."""
+        return self._encode([self.query_prefix + query for query in queries], None)
+
+    def encode_passages(self, passages: Sequence[Passage], progress: Callable[[int], None] | None = None) -> Tensor:
+        """Vectors of passages (title and text), [P, D] float32.
+
+        `progress` is called after every forward pass with the number of passages it encoded.
+        """
+        return self._encode([self.passage_prefix + passage.contents for passage in passages], progress)
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str], progress: Callable[[int], None] | None) -> Tensor:
+        vectors = torch.empty(len(texts), self.width, dtype=torch.float32, device=self.model.device)
+        chunk = self.batch_size * _BATCHES_PER_CHUNK
+        for start in range(0, len(texts), chunk):
+            tokens = self._tokens(texts[start : start + chunk])
+            by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+            for first in range(0, len(tokens), self.batch_size):
+                rows = by_length[first : first + self.batch_size]
+                pooled = self._forward([tokens[i] for i in rows])
+                vectors[torch.tensor(rows, device=vectors.device) + start] = pooled
+                if progress is not None:
+                    progress(len(rows))
+        return vectors
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of every text, cut to `max_length` (special tokens kept)."""
+        tokens: list[list[int]] = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        too_long = [i for i, ids in enumerate(tokens) if len(ids) > self.max_length]
+        if too_long:
+            cut = self.tokenizer([texts[i] for i in too_long], truncation=True, max_length=self.max_length)
+            for i, ids in zip(too_long, cut["input_ids"], strict=True):
+                tokens[i] = ids
+            self.truncated += len(too_long)
+        empty = next((text for text, ids in zip(texts, tokens, strict=True) if not ids), None)
+        if empty is not None:
+            raise ValueError(f"text {empty!r} has no token, so it has no vector")
+        return tokens
+
+    def _forward(self, tokens: list[list[int]]) -> Tensor:
+        """Pooled vectors [N, D] float32 of N texts, padded on the right whatever side the tokenizer prefers."""
+        device = self.model.device
+        pad = self.tokenizer.pad_token_id or 0
+        input_ids = pad_sequence([torch.tensor(ids) for ids in tokens], batch_first=True, padding_value=pad).to(device)
+        lengths = torch.tensor([len(ids) for ids in tokens], device=device)
+        mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
+        hidden = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state.float()
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            pooled = hidden.masked_fill(~mask[..., None], 0.0).sum(dim=1) / lengths[:, None]
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
