@@ -1,0 +1,165 @@
+"""The search environment: executes queries, one batched retriever call per turn, and bounds the rollout."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from stepcredit.protocol import Protocol, Turn
+from stepcredit.rollout import Search, SpanKind
+
+if TYPE_CHECKING:
+    from stepcredit.retrieval import Hits, Passage, Retriever
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The environment's reply to one turn.
+
+    Attributes:
+        text: the message, "" when there is none.
+        kind: DOCUMENTS (passages, wrapper tags included) or NOTICE.
+        search: the executed search, None when none was.
+        forced_answer: an answer opener follows the message, and the next turn is answer text.
+        done: the rollout ends here; nothing is appended.
+        fault: the turn was a fault (see `SearchEnvironment`).
+        counts: what happened, by name: "invalid_turns", "empty_queries", "failed_retrievals", "empty_results",
+            "empty_answers", "excess_searches", "forced_answers".
+    """
+
+    text: str = ""
+    kind: SpanKind = SpanKind.NOTICE
+    search: Search | None = None
+    forced_answer: bool = False
+    done: bool = False
+    fault: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class SearchEnvironment:
+    """Answers turns with retrieved passages.
+
+    * A search is answered with passages. The one that uses up `max_searches` is followed by a forced answer.
+    * An invalid turn, an empty query and a search beyond the limit are *faults*: each gets a notice, and the fault
+      after `max_invalid` of them forces the answer.
+    * A failed retrieval is answered with a notice, uses up one search, and the rollout goes on.
+    * An answer ends the rollout, and so does anything but an answer after a forced opener.
+
+    Args:
+        retriever: `search(queries, k) -> Hits`; called at most once per `respond`, never with an empty query.
+        protocol: the tag grammar.
+        top_k: passages per query.
+        max_searches: executed searches per rollout.
+        passage_words: cut passage texts to this many words; None leaves them whole.
+        force_answer: open the answer when searches or faults are used up; where False the rollout then ends.
+        max_invalid: faults that are answered with a notice only.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        protocol: Protocol,
+        *,
+        top_k: int = 3,
+        max_searches: int = 4,
+        passage_words: int | None = None,
+        force_answer: bool = True,
+        max_invalid: int = 1,
+    ) -> None:
+        for name, value, least in (
+            ("top_k", top_k, 1),
+            ("max_searches", max_searches, 0),
+            ("max_invalid", max_invalid, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if passage_words is not None and passage_words < 1:
+            raise ValueError(f"passage_words must be at least 1 or None, got {passage_words}")
+        self.retriever = retriever
+        self.protocol = protocol
+        self.top_k = top_k
+        self.max_searches = max_searches
+        self.passage_words = passage_words
+        self.force_answer = force_answer
+        self.max_invalid = max_invalid
+
+    def respond(
+        self, turns: Sequence[Turn], searches: Sequence[int], faults: Sequence[int], forced: Sequence[bool]
+    ) -> list[Response]:
+        """Reply to one turn of each active rollout.
+
+        Args:
+            turns: N parsed turns.
+            searches: N numbers of searches executed so far (the next step's number).
+            faults: N numbers of faults so far.
+            forced: N flags, whether this turn followed a forced answer opener.
+
+        Returns:
+            N responses, in order.
+        """
+        if not len(turns) == len(searches) == len(faults) == len(forced):
+            raise ValueError(
+                f"turns, searches, faults and forced must have one length, got "
+                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}"
+            )
+        asked = [
+            i
+            for i, turn in enumerate(turns)
+            if turn.action == "search" and turn.content and searches[i] < self.max_searches
+        ]
+        hits, failure = self._retrieve([turns[i].content for i in asked])
+        found = dict(zip(asked, hits, strict=True))
+        responses = []
+        for i, turn in enumerate(turns):
+            if i in found:
+                responses.append(self._searched(turn.content, searches[i], found[i], failure))
+            elif turn.action == "answer":
+                responses.append(Response(done=True, counts={} if turn.content else {"empty_answers": 1}))
+            elif turn.action == "invalid":
+                responses.append(self._fault("invalid_turns", self.protocol.invalid_notice, faults[i], forced[i]))
+            elif not turn.content:
+                responses.append(self._fault("empty_queries", self.protocol.empty_query_notice, faults[i], forced[i]))
+            else:
+                responses.append(self._fault("excess_searches", self.protocol.exhausted_notice, faults[i], forced[i]))
+        return responses
+
+    def _retrieve(self, queries: list[str]) -> tuple[list[list[Passage]], bool]:
+        """The passages of each query, and whether retrieval failed (then all are empty)."""
+        if not queries:
+            return [], False
+        try:
+            hits: Hits = self.retriever.search(queries, self.top_k)
+        except Exception as error:  # whatever a backend raises; a lost search must not lose the other rollouts
+            warnings.warn(f"retrieval of {len(queries)} queries failed: {error!r}", stacklevel=3)
+            return [[] for _ in queries], True
+        if len(hits.passages) != len(queries):
+            raise ValueError(f"retriever returned {len(hits.passages)} rows of passages for {len(queries)} queries")
+        return [list(row) for row in hits.passages], False
+
+    def _searched(self, query: str, step: int, passages: list[Passage], failed: bool) -> Response:
+        if failed:
+            text, kind, counts = self.protocol.failed_notice, SpanKind.NOTICE, {"failed_retrievals": 1}
+        else:
+            text, kind = self.protocol.documents([self._cut(p) for p in passages]), SpanKind.DOCUMENTS
+            counts = {} if passages else {"empty_results": 1}
+        forced = self.force_answer and step + 1 >= self.max_searches
+        if forced:
+            counts["forced_answers"] = 1
+        search = Search(step, query, tuple(p.id for p in passages), failed)
+        return Response(text, kind, search, forced_answer=forced, counts=counts)
+
+    def _fault(self, name: str, notice: str, faults: int, forced: bool) -> Response:
+        if forced:
+            return Response(done=True, fault=True, counts={name: 1})
+        if faults < self.max_invalid:
+            return Response(notice, fault=True, counts={name: 1})
+        if self.force_answer:
+            return Response("\n", forced_answer=True, fault=True, counts={name: 1, "forced_answers": 1})
+        return Response(done=True, fault=True, counts={name: 1})
+
+    def _cut(self, passage: Passage) -> Passage:
+        if self.passage_words is None:
+            return passage
+        return replace(passage, text=" ".join(passage.text.split()[: self.passage_words]))

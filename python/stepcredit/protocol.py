@@ -1,0 +1,235 @@
+"""Tag grammars: which tags a method speaks, how a turn is parsed, what the environment writes.
+
+Two grammars (the tags are the contract of Search-R1, arXiv 2503.09516, and AutoRefine, arXiv 2505.11277; the
+wording is ours):
+
+* `search_r1`: the policy writes `<think> <search> <answer>`, the environment `<information>`.
+* `refine`: the policy writes `<think> <search> <refine> <answer>`, the environment `<documents>`.
+
+A *turn* is the policy's text since the environment last spoke. Only what the environment wrote is ever trusted as
+environment text: its tags typed by the policy stay policy text and are counted as forged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from stepcredit.rollout import Question, SpanKind
+
+if TYPE_CHECKING:
+    from stepcredit.retrieval import Passage
+
+PromptStyle = Literal["plain", "chat"]
+Action = Literal["search", "answer", "invalid"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Characters `[start, stop)` of a turn's text and the kind of span they are."""
+
+    kind: SpanKind
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One parsed turn.
+
+    Attributes:
+        action: "search" or "answer" when the turn holds a well-formed one, else "invalid".
+        content: the query or the answer, stripped; "" for an invalid turn, and for an empty query or answer.
+        pieces: consecutive non-empty pieces that tile the turn's text.
+        forged_tags: number of environment tags that the policy wrote.
+    """
+
+    action: Action
+    content: str
+    pieces: tuple[Piece, ...]
+    forged_tags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A tag grammar.
+
+    Attributes:
+        name: "search_r1" or "refine".
+        documents_tag: the tag in which the environment wraps passages.
+        refine_tag: the tag in which the policy restates the passages, None when the grammar has none.
+        instruction: what the chat prompt says before the question.
+        answer_probe: what precedes a gold answer when its log-prob is scored after a step.
+    """
+
+    name: str
+    documents_tag: str
+    refine_tag: str | None
+    instruction: str
+    answer_probe: str = "\n<answer>"
+
+    @property
+    def answer_opener(self) -> str:
+        """What the environment writes to force an answer; the next turn is then answer text."""
+        return "<answer>"
+
+    @property
+    def invalid_notice(self) -> str:
+        """Reply to a turn without a well-formed action."""
+        return "\nThat was not a valid action: write one search or one answer inside its tags.\n"
+
+    @property
+    def empty_query_notice(self) -> str:
+        """Reply to a search whose query is blank."""
+        return "\nThe search query was empty.\n"
+
+    @property
+    def failed_notice(self) -> str:
+        """Reply to a search that the retriever could not serve."""
+        return "\nThe search failed and returned nothing.\n"
+
+    @property
+    def exhausted_notice(self) -> str:
+        """Reply to a search beyond the allowed number."""
+        return "\nNo searches are left.\n"
+
+    def prompt(self, question: Question, tokenizer: PreTrainedTokenizerBase, style: PromptStyle = "plain") -> list[int]:
+        """Token ids of the prompt.
+
+        Args:
+            question: its text is shown, its answers are not.
+            tokenizer: a leading BOS is added where this tokenizer adds one.
+            style: "plain" writes `Question: ...` and a newline (plain completion, for warm-started policies);
+                "chat" puts the instruction and the question into the tokenizer's chat template.
+
+        Raises:
+            ValueError: unknown style, or "chat" with a tokenizer that has no chat template.
+        """
+        text = f"Question: {question.text.strip()}\n"
+        if style == "chat":
+            if tokenizer.chat_template is None:
+                raise ValueError("style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
+            messages = [{"role": "user", "content": f"{self.instruction}\n{text}"}]
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        if style != "plain":
+            raise ValueError(f"style must be 'plain' or 'chat', got {style!r}")
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        # Only a leading BOS: tokenizers of encoders would also close the prompt with a separator.
+        bos = tokenizer.bos_token_id
+        return [bos, *ids] if bos is not None and tokenizer.encode("a")[:1] == [bos] else list(ids)
+
+    def parse_turn(self, text: str, forced_answer: bool = False) -> Turn:
+        """Parse the policy's text since the environment last spoke.
+
+        The first well-formed action wins: a closing `</search>` or `</answer>` whose nearest opener is of the same
+        name. What lies strictly between its tags is QUERY or ANSWER, tags are TAG, text inside `<refine>` (up to
+        its closing tag, an action's opener, or the end) is REFINE, and everything else is THINK. The whitespace of
+        an empty action is THINK.
+
+        Args:
+            text: the decoded turn.
+            forced_answer: the environment opened the answer, so that the text is ANSWER up to `</answer>` (or up to
+                the end, in which case the turn is invalid); search tags are then ordinary answer text.
+        """
+        environment_tags, policy_tags = _tags(self)
+        tags = [(m.start(), m.end(), bool(m[1]), m[2]) for m in policy_tags.finditer(text)]
+        if forced_answer:
+            tags = [tag for tag in tags if tag[3] == "answer"]
+        opener: tuple[int, int, bool, str] | None = (0, 0, False, "answer") if forced_answer else None
+        action: Action = "invalid"
+        content, start, stop = "", -1, -1
+        for tag in tags:
+            if tag[3] not in ("search", "answer"):
+                continue
+            if not tag[2]:
+                opener = tag
+            elif opener is not None and opener[3] == tag[3]:
+                action = "search" if tag[3] == "search" else "answer"
+                start, stop = opener[1], tag[0]
+                content = text[start:stop].strip()
+                break
+            else:
+                opener = None
+        inside = SpanKind.THINK if not content else SpanKind.QUERY if action == "search" else SpanKind.ANSWER
+
+        outside = SpanKind.ANSWER if forced_answer and action == "invalid" else SpanKind.THINK
+        kind = outside
+        pieces: list[Piece] = []
+        at = 0
+        for first, last, closing, name in tags:
+            if start <= first < stop:
+                continue
+            if at < first:
+                pieces.append(Piece(inside if at == start else kind, at, first))
+            pieces.append(Piece(SpanKind.TAG, first, last))
+            at = last
+            if name != "think":
+                kind = SpanKind.REFINE if name == self.refine_tag and not closing else outside
+        if at < len(text):
+            pieces.append(Piece(kind, at, len(text)))
+        return Turn(action, content, tuple(pieces), len(environment_tags.findall(text)))
+
+    def closes(self, text: str, forced_answer: bool = False) -> bool:
+        """Whether the text holds a closing tag that ends a turn: `</search>` or `</answer>` (after a forced opener
+        only the latter)."""
+        return (_ANSWER_CLOSER if forced_answer else _CLOSER).search(text) is not None
+
+    def documents(self, passages: Sequence[Passage]) -> str:
+        """The environment's reply to a search: one `Title: text` line per passage inside the documents tag.
+
+        Passages are untrusted: the `<` of any protocol tag inside them becomes `&lt;`, so that a passage can neither
+        close the block nor look like an action.
+        """
+        lines = "\n".join(f"{p.title}: {p.text}" for p in passages) or "(no passages found)"
+        safe = _ANY_TAG.sub(lambda m: "&lt;" + m[0][1:], lines)
+        return f"\n<{self.documents_tag}>\n{safe}\n</{self.documents_tag}>\n"
+
+
+# Whitespace inside a tag is tolerated: WordPiece decoders insert it.
+_CLOSER = re.compile(r"<\s*/\s*(?:search|answer)\s*>")
+_ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
+_ANY_TAG = re.compile(r"<\s*/?\s*(?:think|search|answer|refine|information|documents)\s*>", re.IGNORECASE)
+
+
+@lru_cache(maxsize=64)
+def _tags(protocol: Protocol) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    names = ["think", "search", "answer"] + ([protocol.refine_tag] if protocol.refine_tag else [])
+    return (
+        re.compile(rf"<\s*/?\s*{re.escape(protocol.documents_tag)}\s*>"),
+        re.compile(rf"<\s*(/?)\s*({'|'.join(map(re.escape, names))})\s*>"),
+    )
+
+
+_SEARCH_R1 = """\
+Answer the question below. Whenever you learn something new, reason about it between <think> and </think>. If a fact \
+is missing, write <search> your query </search>; what was found comes back between <information> and </information>. \
+You may search several times. Once you know the answer, write it, and only it, between <answer> and </answer>: a name, \
+a date or a few words, for example <answer> Lake Geneva </answer>."""
+
+_REFINE = """\
+Answer the question below. Reason between <think> and </think> before you act. If a fact is missing, write \
+<search> your query </search>; what was found comes back between <documents> and </documents>. After each search keep \
+what matters for the question, in your own words, between <refine> and </refine>, then search again or answer. Write \
+the answer, and only it, between <answer> and </answer>: a name, a date or a few words, for example \
+<answer> Lake Geneva </answer>."""
+
+#: The known grammars by name. A step of `search_r1` ends with the environment's newline, so its probe needs none.
+PROTOCOLS: dict[str, Protocol] = {
+    "search_r1": Protocol("search_r1", "information", None, _SEARCH_R1, answer_probe="<answer>"),
+    "refine": Protocol("refine", "documents", "refine", _REFINE),
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    """The grammar of this name; ValueError naming the nearest one when there is none."""
+    if name not in PROTOCOLS:
+        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown protocol {name!r}, known: {', '.join(PROTOCOLS)}{hint}")
+    return PROTOCOLS[name]

@@ -1,0 +1,180 @@
+"""Token-space transcripts: spans come from the tokens that were generated or fed, never from re-tokenised text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from transformers import PreTrainedTokenizerBase
+
+from stepcredit.environments.search import Response
+from stepcredit.protocol import Piece, Protocol, Turn
+from stepcredit.rollout import Question, Rollout, Search, Span, SpanKind
+
+# Who owns a token that carries visible characters of several kinds; tags own it only when nothing else does.
+_PRIORITY = {SpanKind.QUERY: 3, SpanKind.ANSWER: 2, SpanKind.REFINE: 1, SpanKind.THINK: 0, SpanKind.TAG: -1}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of `ids`, special tokens included, spaces as they are."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def boundaries(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:
+    """Where each token ends in `text = decode(ids)`: n+1 character offsets for n tokens, non-decreasing, by decoding
+    every prefix. A token that only completes a character with its successors ends where it starts."""
+    offsets = [0]
+    for i in range(1, len(ids)):
+        prefix = decode(tokenizer, ids[:i])
+        at = offsets[-1]
+        # What an earlier prefix agreed on may be rewritten (cut characters, spaces before punctuation): never go back.
+        if prefix[:at] == text[:at]:
+            while at < min(len(prefix), len(text)) and prefix[at] == text[at]:
+                at += 1
+        offsets.append(at)
+    return [*offsets, len(text)] if ids else offsets
+
+
+def token_kinds(text: str, offsets: Sequence[int], pieces: Sequence[Piece]) -> list[SpanKind]:
+    """The kind of each token, from the kinds of the characters it carries.
+
+    A token inside one piece has that piece's kind. One that straddles pieces belongs to the content whose visible
+    characters it carries (QUERY first), and to TAG when it carries none. A token without characters has the kind of
+    the character that follows it.
+    """
+    kinds = []
+    for start, stop in pairwise(offsets):
+        stop = max(stop, start + 1)
+        touched = [p for p in pieces if p.start < stop and start < p.stop]
+        if not touched:  # after the last character
+            touched = list(pieces[-1:]) or [Piece(SpanKind.THINK, 0, 0)]
+        visible = [p for p in touched if text[max(start, p.start) : min(stop, p.stop)].strip()]
+        kinds.append(max(visible or touched, key=lambda p: _PRIORITY[p.kind]).kind)
+    return kinds
+
+
+class Transcript:
+    """Builds one `Rollout` from what was fed and sampled, in order.
+
+    Used by the engines and by scripted demonstrations alike, so that both have spans from the same code.
+
+    Args:
+        question: what is asked.
+        prompt_ids: token ids of the prompt, at least one.
+        tokenizer: decodes turns and encodes environment messages.
+        protocol: the tag grammar.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        prompt_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: Protocol,
+    ) -> None:
+        if not prompt_ids:
+            raise ValueError(f"question {question.id!r}: prompt_ids is empty")
+        self.question = question
+        self.tokenizer = tokenizer
+        self.protocol = protocol
+        self.tokens = list(prompt_ids)
+        self.logprobs = [float("nan")] * len(self.tokens)
+        self.spans = [Span(SpanKind.PROMPT, 0, len(self.tokens))]
+        self.searches: list[Search] = []
+        self.counts: Counter[str] = Counter()
+        self._prompt_length = len(self.tokens)
+        self._next_step = 0
+
+    def add_policy(self, token_ids: Sequence[int], logprobs: Sequence[float], forced_answer: bool = False) -> Turn:
+        """Append one turn of the policy and return it parsed.
+
+        A query gets the number of the search it asks for as `step`; REFINE text belongs to the last search.
+
+        Args:
+            token_ids: the sampled tokens of the turn.
+            logprobs: one finite log-prob per token (nats).
+            forced_answer: the environment opened the answer just before.
+        """
+        if len(token_ids) != len(logprobs):
+            raise ValueError(f"logprobs has {len(logprobs)} entries for {len(token_ids)} token_ids")
+        text = decode(self.tokenizer, token_ids)
+        turn = self.protocol.parse_turn(text, forced_answer)
+        kinds = token_kinds(text, boundaries(self.tokenizer, token_ids, text), turn.pieces)
+        steps = {SpanKind.QUERY: self._next_step, SpanKind.REFINE: self._next_step - 1}
+        for kind in kinds:
+            self._extend(kind, 1, steps.get(kind, -1))
+        self.tokens.extend(token_ids)
+        self.logprobs.extend(logprobs)
+        if turn.forged_tags:
+            self.counts["forged_tags"] += turn.forged_tags
+        return turn
+
+    def add_environment(self, text: str, kind: SpanKind, step: int = -1) -> list[int]:
+        """Append a message of the environment, encoded once on its own, and return its token ids.
+
+        Strings that look like special tokens stay text: retrieved passages must not smuggle in control tokens.
+        """
+        ids = self._encode(text)
+        self._next_step = max(self._next_step, step + 1)
+        self._append(ids, kind, step)
+        return ids
+
+    def add_response(self, response: Response, room: int) -> list[int] | None:
+        """Append an environment's reply: its message, the executed search, a forced answer opener, its counts.
+
+        Args:
+            response: the reply.
+            room: tokens that still fit the context.
+
+        Returns:
+            The token ids to feed; None when the reply would leave no room for a token of the policy, in which case
+            only the counts are kept.
+        """
+        self.counts.update(response.counts)
+        step = response.search.step if response.search and response.kind is SpanKind.DOCUMENTS else -1
+        message = self._encode(response.text)
+        opener = self._encode(self.protocol.answer_opener) if response.forced_answer else []
+        if len(message) + len(opener) >= room:
+            return None
+        if response.search is not None:
+            self.searches.append(response.search)
+            self._next_step = response.search.step + 1
+        self._append(message, response.kind, step)
+        self._append(opener, SpanKind.NOTICE, -1)
+        return message + opener
+
+    def finish(self, reason: str, answer: str | None, group: int = 0) -> Rollout:
+        """The finished rollout. `reason` becomes its `finish`, `answer` its answer. A query that no search answered
+        (none was left, or its passages did not fit the context) loses its step: there is nothing to credit."""
+        spans = [
+            s if s.kind is not SpanKind.QUERY or s.step < self._next_step else replace(s, step=-1) for s in self.spans
+        ]
+        return Rollout(
+            question=self.question,
+            tokens=self.tokens,
+            prompt_length=self._prompt_length,
+            spans=spans,
+            logprobs=self.logprobs,
+            group=group,
+            finish=reason,
+            answer=answer,
+            searches=self.searches,
+            counts=dict(self.counts),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _append(self, ids: list[int], kind: SpanKind, step: int) -> None:
+        self._extend(kind, len(ids), step)
+        self.tokens.extend(ids)
+        self.logprobs.extend([float("nan")] * len(ids))
+
+    def _extend(self, kind: SpanKind, length: int, step: int) -> None:
+        last = self.spans[-1]
+        if last.kind is kind and last.step == step and kind is not SpanKind.PROMPT:
+            self.spans[-1] = Span(kind, last.start, last.stop + length, step)
+        elif length:
+            self.spans.append(Span(kind, last.stop, last.stop + length, step))
