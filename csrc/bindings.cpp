@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/ops.h"
+#include "cuda/ops.h"
 
 namespace py = pybind11;
 using py::arg;
@@ -17,18 +18,47 @@ T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
+// The CUDA bindings, and so the stub, exist in every build; dispatch never reaches them in one without CUDA.
+template <typename Float>
+void masked_advantages_cuda([[maybe_unused]] const stepcredit::MaskedAdvantagesParams<Float>& params,
+                            [[maybe_unused]] Pointer query_lengths, [[maybe_unused]] Pointer stream) {
+#ifdef STEPCREDIT_WITH_CUDA
+  stepcredit::masked_advantages_cuda(params, at<int>(query_lengths), at<void>(stream));
+#else
+  throw std::runtime_error("stepcredit._C was built without CUDA");
+#endif
+}
+
 template <typename Float>
 void masked_advantages(Pointer rewards, Pointer groups, Pointer cu_seqlens, Pointer policy_mask, Pointer step_ids,
-                       Pointer step_gains, Pointer advantages, int64_t num_rollouts, int64_t num_tokens,
-                       int64_t num_steps, double alpha, double eps, int64_t ddof, bool scale_std,
-                       bool singleton_reward, double dead_zone, double negative_scale, double soft_clip,
-                       int threads) {
-  stepcredit::masked_advantages_cpu(stepcredit::MaskedAdvantagesParams<Float>{
-      at<const Float>(rewards), at<const int64_t>(groups), at<const int64_t>(cu_seqlens),
-      at<const uint8_t>(policy_mask), at<const int64_t>(step_ids), at<const Float>(step_gains),
-      at<Float>(advantages), num_rollouts, num_tokens, num_steps, alpha, eps, ddof,
-      scale_std ? Scale::kStd : Scale::kNone, singleton_reward ? Singleton::kReward : Singleton::kZero, dead_zone,
-      negative_scale, soft_clip, threads});
+                       Pointer step_gains, Pointer advantages, Pointer query_lengths, int64_t num_rollouts,
+                       int64_t num_tokens, int64_t num_steps, double alpha, double eps, int64_t ddof, bool scale_std,
+                       bool singleton_reward, double dead_zone, double negative_scale, double soft_clip, int threads,
+                       bool on_cuda, Pointer stream) {
+  const stepcredit::MaskedAdvantagesParams<Float> params{at<const Float>(rewards),
+                                                         at<const int64_t>(groups),
+                                                         at<const int64_t>(cu_seqlens),
+                                                         at<const uint8_t>(policy_mask),
+                                                         at<const int64_t>(step_ids),
+                                                         at<const Float>(step_gains),
+                                                         at<Float>(advantages),
+                                                         num_rollouts,
+                                                         num_tokens,
+                                                         num_steps,
+                                                         alpha,
+                                                         eps,
+                                                         ddof,
+                                                         scale_std ? Scale::kStd : Scale::kNone,
+                                                         singleton_reward ? Singleton::kReward : Singleton::kZero,
+                                                         dead_zone,
+                                                         negative_scale,
+                                                         soft_clip,
+                                                         threads};
+  if (on_cuda) {
+    masked_advantages_cuda(params, query_lengths, stream);
+  } else {
+    stepcredit::masked_advantages_cpu(params);
+  }
 }
 
 template <typename Float>
@@ -53,15 +83,15 @@ template <typename Float>
 void bind_float(py::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
   const py::call_guard<py::gil_scoped_release> release;
-  m.def(name("masked_advantages_cpu").c_str(), &masked_advantages<Float>, release, py::kw_only(), arg("rewards"),
+  m.def(name("masked_advantages").c_str(), &masked_advantages<Float>, release, py::kw_only(), arg("rewards"),
         arg("groups"), arg("cu_seqlens"), arg("policy_mask"), arg("step_ids"), arg("step_gains"), arg("advantages"),
-        arg("num_rollouts"), arg("num_tokens"), arg("num_steps"), arg("alpha"), arg("eps"), arg("ddof"),
-        arg("scale_std"), arg("singleton_reward"), arg("dead_zone"), arg("negative_scale"), arg("soft_clip"),
-        arg("threads"));
+        arg("query_lengths"), arg("num_rollouts"), arg("num_tokens"), arg("num_steps"), arg("alpha"), arg("eps"),
+        arg("ddof"), arg("scale_std"), arg("singleton_reward"), arg("dead_zone"), arg("negative_scale"),
+        arg("soft_clip"), arg("threads"), arg("on_cuda"), arg("stream"));
   m.def(name("information_gain_cpu").c_str(), &information_gain<Float>, release, py::kw_only(), arg("logprobs"),
         arg("cu_branches"), arg("cu_variants"), arg("cu_steps"), arg("gain"), arg("real"), arg("baseline"),
-        arg("scored"), arg("scores"), arg("best_variant"), arg("num_branches"), arg("num_variants"),
-        arg("num_steps"), arg("head_tokens"), arg("head_weight"), arg("threads"));
+        arg("scored"), arg("scores"), arg("best_variant"), arg("num_branches"), arg("num_variants"), arg("num_steps"),
+        arg("head_tokens"), arg("head_weight"), arg("threads"));
 }
 
 }  // namespace

@@ -12,13 +12,13 @@ enum class Singleton : int { kZero = 0, kReward = 1 };
 // B rollouts, T packed tokens, S steps. Everything is contiguous.
 template <typename Float>
 struct MaskedAdvantagesParams {
-  const Float* rewards;           // [B]
-  const int64_t* groups;          // [B], in [0, B)
-  const int64_t* cu_seqlens;      // [B + 1]
-  const uint8_t* policy_mask;     // [T]
-  const int64_t* step_ids;        // [T], in [-1, S)
-  const Float* step_gains;        // [S], NaN = unscored
-  Float* advantages;              // [T], written everywhere
+  const Float* rewards;        // [B]
+  const int64_t* groups;       // [B], in [0, B)
+  const int64_t* cu_seqlens;   // [B + 1]
+  const uint8_t* policy_mask;  // [T]
+  const int64_t* step_ids;     // [T], in [-1, S)
+  const Float* step_gains;     // [S], NaN = unscored
+  Float* advantages;           // [T], written everywhere
   int64_t num_rollouts, num_tokens, num_steps;
   double alpha, eps;
   int64_t ddof;
@@ -28,19 +28,20 @@ struct MaskedAdvantagesParams {
   int threads;
 };
 
-// R branches, V gold variants, S steps; offsets nest: steps own variants, variants own branches, branches own log-probs.
+// R branches, V gold variants, S steps; offsets nest: steps own variants, variants own branches, branches own
+// log-probs.
 template <typename Float>
 struct InformationGainParams {
-  const Float* logprobs;          // [M]
-  const int64_t* cu_branches;     // [R + 1] into logprobs
-  const int64_t* cu_variants;     // [V + 1] into branches; a variant's first branch is the real one
-  const int64_t* cu_steps;        // [S + 1] into variants
-  Float* gain;                    // [S], NaN where not scored
-  Float* real;                    // [S]
-  Float* baseline;                // [S], NaN where not scored
-  uint8_t* scored;                // [S]
-  Float* scores;                  // [R]
-  int64_t* best_variant;          // [S], index into all variants, -1 for a step without any
+  const Float* logprobs;       // [M]
+  const int64_t* cu_branches;  // [R + 1] into logprobs
+  const int64_t* cu_variants;  // [V + 1] into branches; a variant's first branch is the real one
+  const int64_t* cu_steps;     // [S + 1] into variants
+  Float* gain;                 // [S], NaN where not scored
+  Float* real;                 // [S]
+  Float* baseline;             // [S], NaN where not scored
+  uint8_t* scored;             // [S]
+  Float* scores;               // [R]
+  int64_t* best_variant;       // [S], index into all variants, -1 for a step without any
   int64_t num_branches, num_variants, num_steps;
   int64_t head_tokens;
   double head_weight;
@@ -50,12 +51,12 @@ struct InformationGainParams {
 // Folds the scores of one stripe of passages into each query's list of the best so far. Tiles come in order of their
 // passages; before one with first_id = n every list holds min(k, n) entries. Everything is contiguous.
 struct TopkSearchParams {
-  const float* tile;              // [rows, num_queries], inner products
+  const float* tile;  // [rows, num_queries], inner products
   int64_t rows, num_queries;
-  int64_t first_id;               // passage of the tile's first row
-  int64_t k;                      // at most the number of passages
-  float* scores;                  // [num_queries, k], best first
-  int64_t* ids;                   // [num_queries, k]
+  int64_t first_id;  // passage of the tile's first row
+  int64_t k;         // at most the number of passages
+  float* scores;     // [num_queries, k], best first
+  int64_t* ids;      // [num_queries, k]
   int threads;
 };
 

@@ -179,6 +179,7 @@ def test_strided_inputs():
         ({"policy_mask": torch.ones(6)}, r"policy_mask must have bool"),
         ({"step_ids": torch.full((6,), 1)}, r"step_ids must lie in \[-1, 1\), got 1 to 1"),
         ({"step_ids": torch.zeros(5, dtype=torch.int64)}, r"step_ids has 5 entries, expected 6"),
+        ({"step_ids": torch.tensor([-1, 0, 0, 0, -1, -1])}, r"tokens of a step must lie in one rollout; step 0"),
         ({"step_gains": torch.tensor([math.inf])}, r"step_gains must be finite or NaN"),
         ({"step_gains": None}, r"step_ids and step_gains go together"),
     ],

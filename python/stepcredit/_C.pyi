@@ -1,7 +1,7 @@
 # Stub of the C++ extension (csrc/bindings.cpp), checked by stubtest. Arguments are addresses from Tensor.data_ptr().
 has_cuda: bool
 
-def masked_advantages_cpu_f32(
+def masked_advantages_f32(
     *,
     rewards: int,
     groups: int,
@@ -10,6 +10,7 @@ def masked_advantages_cpu_f32(
     step_ids: int,
     step_gains: int,
     advantages: int,
+    query_lengths: int,
     num_rollouts: int,
     num_tokens: int,
     num_steps: int,
@@ -22,9 +23,11 @@ def masked_advantages_cpu_f32(
     negative_scale: float,
     soft_clip: float,
     threads: int,
+    on_cuda: bool,
+    stream: int,
 ) -> None: ...
 
-masked_advantages_cpu_f64 = masked_advantages_cpu_f32
+masked_advantages_f64 = masked_advantages_f32
 
 def information_gain_cpu_f32(
     *,

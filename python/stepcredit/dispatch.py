@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,18 +86,25 @@ def always(*_: torch.Tensor) -> None:
 
 def native(*dtypes: torch.dtype) -> WhyNot:
     """Guard of a C++ CPU kernel: the extension is built, tensors are on the CPU, floating ones of a served dtype."""
+    return partial(_why_not_native, "cpu", dtypes)
 
-    def why_not(*tensors: torch.Tensor) -> str | None:
-        try:
-            import stepcredit._C  # noqa: F401
-        except ImportError as error:
-            return f"the C++ extension stepcredit._C is not importable ({error})"
-        for tensor in tensors:
-            if tensor.device.type != "cpu":
-                return f"it serves CPU tensors, got one on {tensor.device}"
-            if tensor.is_floating_point() and tensor.dtype not in dtypes:
-                served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-                return f"it serves {served}, got {str(tensor.dtype).removeprefix('torch.')}"
-        return None
 
-    return why_not
+def native_cuda(*dtypes: torch.dtype) -> WhyNot:
+    """Guard of a CUDA C++ kernel: the extension was built with CUDA, tensors are on a GPU and of a served dtype."""
+    return partial(_why_not_native, "cuda", dtypes)
+
+
+def _why_not_native(device: str, dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor) -> str | None:
+    try:
+        from stepcredit import _C
+    except ImportError as error:
+        return f"the C++ extension stepcredit._C is not importable ({error})"
+    if device == "cuda" and not _C.has_cuda:
+        return "stepcredit._C was built without CUDA (no nvcc was found, or STEPCREDIT_CUDA=OFF)"
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"it serves {device.upper()} tensors, got one on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            return f"it serves {served}, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None

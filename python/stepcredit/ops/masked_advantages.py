@@ -14,8 +14,9 @@ OP = "masked_advantages"
 dispatch.register(OP, "reference", dispatch.always)(reference.masked_advantages)
 
 
+@dispatch.register(OP, "cuda", dispatch.native_cuda(torch.float32, torch.float64))
 @dispatch.register(OP, "cpu", dispatch.native(torch.float32, torch.float64))
-def _cpu(
+def _native(
     rewards: torch.Tensor,
     groups: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -34,13 +35,15 @@ def _cpu(
 ) -> torch.Tensor:
     from stepcredit import _C
 
-    kernel = _C.masked_advantages_cpu_f64 if rewards.dtype == torch.float64 else _C.masked_advantages_cpu_f32
+    kernel = _C.masked_advantages_f64 if rewards.dtype == torch.float64 else _C.masked_advantages_f32
     inputs = [t.contiguous() for t in (rewards, groups, cu_seqlens, policy_mask, step_ids, step_gains)]
-    advantages = torch.empty(policy_mask.shape, dtype=rewards.dtype)
+    advantages = rewards.new_empty(policy_mask.shape)
+    query_lengths = torch.empty(step_gains.shape if rewards.is_cuda else 0, dtype=torch.int32, device=rewards.device)
     names = ("rewards", "groups", "cu_seqlens", "policy_mask", "step_ids", "step_gains")
     kernel(
         **{name: t.data_ptr() for name, t in zip(names, inputs, strict=True)},
         advantages=advantages.data_ptr(),
+        query_lengths=query_lengths.data_ptr(),
         num_rollouts=rewards.numel(),
         num_tokens=policy_mask.numel(),
         num_steps=step_gains.numel(),
@@ -53,8 +56,24 @@ def _cpu(
         negative_scale=negative_scale,
         soft_clip=soft_clip,
         threads=torch.get_num_threads(),
+        on_cuda=rewards.is_cuda,
+        stream=torch.cuda.current_stream(rewards.device).cuda_stream if rewards.is_cuda else 0,
     )
     return advantages
+
+
+def _check_steps(cu_seqlens: torch.Tensor, step_ids: torch.Tensor, steps: int) -> None:
+    """The tokens of a step lie in one rollout."""
+    rollout = torch.arange(cu_seqlens.numel() - 1).repeat_interleave(cu_seqlens.diff())
+    tokens = (step_ids >= 0).nonzero().flatten()
+    owner = torch.full((steps,), -1)
+    owner[step_ids[tokens]] = rollout[tokens]
+    strays = tokens[owner[step_ids[tokens]] != rollout[tokens]]
+    check.require(
+        strays.numel() == 0,
+        f"{OP}: step_ids: the tokens of a step must lie in one rollout; "
+        f"step {int(step_ids[strays[0]]) if strays.numel() else ''} lies in several",
+    )
 
 
 @torch.library.custom_op("stepcredit::masked_advantages", mutates_args=())
@@ -80,6 +99,7 @@ def _op(
         check.indices(OP, "groups", groups, 0, rewards.numel())
         check.offsets(OP, "cu_seqlens", cu_seqlens, policy_mask.numel())
         check.indices(OP, "step_ids", step_ids, -1, step_gains.numel())
+        _check_steps(cu_seqlens, step_ids, step_gains.numel())
         check.require(not bool(step_gains.isinf().any()), f"{OP}: step_gains must be finite or NaN (unscored), got inf")
         if ddof > 1 and rewards.numel():  # a group of two to ddof rollouts would divide by zero or less
             sizes = groups.bincount()
@@ -145,7 +165,8 @@ def masked_advantages(
         groups: int64 [B], group of each rollout, in [0, B).
         cu_seqlens: int64 [B+1], token offsets of the rollouts.
         policy_mask: bool [T], True on tokens the policy wrote.
-        step_ids: int64 [T], step whose query the token belongs to, else -1. None: no token belongs to a step.
+        step_ids: int64 [T], step whose query the token belongs to, else -1; a step's tokens lie in one rollout. None: there
+            are no steps.
         step_gains: float [S], gain of each step in nats; NaN marks an unscored step, which gets no bonus.
         alpha: weight of the gains (IG-Search: 0.3).
         eps: added to the standard deviation.
@@ -155,7 +176,7 @@ def masked_advantages(
         dead_zone: gains smaller in magnitude count as zero, nats. The paper names it and gives no value.
         negative_scale: factor on negative gains; below 1 a bad query costs less than a good one earns.
         soft_clip: bound of the gains, nats; inf switches it off. The tanh form is ours.
-        impl: "cpu" or "reference"; None picks the first that can run.
+        impl: "cuda", "cpu" or "reference"; None picks the first that can run.
 
     Returns:
         advantages [T], dtype of `rewards`. A group whose rewards are all equal gets exactly 0 before gains.

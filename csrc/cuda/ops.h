@@ -1,0 +1,12 @@
+// Entry points of the CUDA kernels. `stream` is a cudaStream_t; nothing here waits for the device.
+#pragma once
+
+#include "params.h"
+
+namespace stepcredit {
+
+// `query_lengths` is int32 scratch [S]; it need not be initialised.
+void masked_advantages_cuda(const MaskedAdvantagesParams<float>& p, int* query_lengths, void* stream);
+void masked_advantages_cuda(const MaskedAdvantagesParams<double>& p, int* query_lengths, void* stream);
+
+}  // namespace stepcredit
