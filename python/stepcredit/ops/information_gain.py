@@ -71,7 +71,7 @@ def _op(
     result = dispatch.function(OP, impl)(
         logprobs, cu_branches, cu_variants, cu_steps, head_tokens=head_tokens, head_weight=head_weight
     )
-    return tuple(result)  # type: ignore[return-value]
+    return tuple(result)
 
 
 @_op.register_fake
