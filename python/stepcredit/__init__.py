@@ -1,6 +1,6 @@
 """StepCredit: step-level credit for reinforcement learning of search agents."""
 
-from stepcredit.ops import information_gain, masked_advantages, topk_search
+from stepcredit.ops import TreeLayout, gather_logprobs, information_gain, masked_advantages, topk_search, tree_attention
 from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, Span, SpanKind
 
 __all__ = [
@@ -10,7 +10,10 @@ __all__ = [
     "Search",
     "Span",
     "SpanKind",
+    "TreeLayout",
+    "gather_logprobs",
     "information_gain",
     "masked_advantages",
     "topk_search",
+    "tree_attention",
 ]
