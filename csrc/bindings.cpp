@@ -80,6 +80,38 @@ void topk_search(Pointer tile, int64_t rows, int64_t num_queries, int64_t first_
 }
 
 template <typename Float>
+void gather_logprobs_fold(Pointer logits, Pointer bias, int64_t rows, int64_t cols, int64_t first_col, double scale,
+                          double softcap, double temperature, Pointer targets, Pointer maximum, Pointer sum,
+                          Pointer weighted, Pointer picked, int64_t num_targets, int threads) {
+  stepcredit::gather_logprobs_fold_cpu(stepcredit::GatherLogprobsFoldParams<Float>{
+      {at<Float>(logits), at<const Float>(bias), rows, cols, first_col, scale, softcap, temperature},
+      at<const int64_t>(targets),
+      at<double>(maximum),
+      at<double>(sum),
+      at<double>(weighted),
+      at<double>(picked),
+      num_targets,
+      threads});
+}
+
+template <typename Float>
+void gather_logprobs_grad(Pointer logits, Pointer bias, int64_t rows, int64_t cols, int64_t first_col, double scale,
+                          double softcap, double temperature, Pointer targets, Pointer grad_logprobs,
+                          Pointer grad_entropy, Pointer maximum, Pointer log_sum, Pointer entropy, int64_t num_targets,
+                          int threads) {
+  stepcredit::gather_logprobs_grad_cpu(stepcredit::GatherLogprobsGradParams<Float>{
+      {at<Float>(logits), at<const Float>(bias), rows, cols, first_col, scale, softcap, temperature},
+      at<const int64_t>(targets),
+      at<const Float>(grad_logprobs),
+      at<const Float>(grad_entropy),
+      at<const Float>(maximum),
+      at<const Float>(log_sum),
+      at<const Float>(entropy),
+      num_targets,
+      threads});
+}
+
+template <typename Float>
 void bind_float(py::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
   const py::call_guard<py::gil_scoped_release> release;
@@ -92,6 +124,13 @@ void bind_float(py::module_& m, const char* suffix) {
         arg("cu_branches"), arg("cu_variants"), arg("cu_steps"), arg("gain"), arg("real"), arg("baseline"),
         arg("scored"), arg("scores"), arg("best_variant"), arg("num_branches"), arg("num_variants"), arg("num_steps"),
         arg("head_tokens"), arg("head_weight"), arg("threads"));
+  m.def(name("gather_logprobs_fold_cpu").c_str(), &gather_logprobs_fold<Float>, release, py::kw_only(), arg("logits"),
+        arg("bias"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"), arg("temperature"),
+        arg("targets"), arg("maximum"), arg("sum"), arg("weighted"), arg("picked"), arg("num_targets"), arg("threads"));
+  m.def(name("gather_logprobs_grad_cpu").c_str(), &gather_logprobs_grad<Float>, release, py::kw_only(), arg("logits"),
+        arg("bias"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"), arg("temperature"),
+        arg("targets"), arg("grad_logprobs"), arg("grad_entropy"), arg("maximum"), arg("log_sum"), arg("entropy"),
+        arg("num_targets"), arg("threads"));
 }
 
 }  // namespace

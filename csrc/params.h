@@ -60,4 +60,40 @@ struct TopkSearchParams {
   int threads;
 };
 
+// A tile of matrix products hidden @ weight.T, contiguous, overwritten by what is computed from it.
+template <typename Float>
+struct LogitTile {
+  Float* logits;      // [rows, cols]
+  const Float* bias;  // [cols] or null
+  int64_t rows, cols, first_col;
+  double scale, softcap, temperature;  // softcap 0: none
+};
+
+// Folds a tile into running values of its rows. They start at maximum = -inf, sum = weighted = 0.
+template <typename Float>
+struct GatherLogprobsFoldParams {
+  LogitTile<Float> tile;
+  const int64_t* targets;  // [rows, num_targets], columns of the whole vocabulary
+  double* maximum;         // [rows] m
+  double* sum;             // [rows] of exp(z - m)
+  double* weighted;        // [rows] sum of exp(z - m) (z - m)
+  double* picked;          // [rows, num_targets] logits of the targets
+  int64_t num_targets;
+  int threads;
+};
+
+// Overwrites a tile with the gradient of the matrix products.
+template <typename Float>
+struct GatherLogprobsGradParams {
+  LogitTile<Float> tile;
+  const int64_t* targets;      // [rows, num_targets]
+  const Float* grad_logprobs;  // [rows, num_targets]
+  const Float* grad_entropy;   // [rows]
+  const Float* maximum;        // [rows]
+  const Float* log_sum;        // [rows]
+  const Float* entropy;        // [rows]
+  int64_t num_targets;
+  int threads;
+};
+
 }  // namespace stepcredit

@@ -54,3 +54,46 @@ information_gain_cpu_f64 = information_gain_cpu_f32
 def topk_search_cpu(
     *, tile: int, rows: int, num_queries: int, first_id: int, k: int, scores: int, ids: int, threads: int
 ) -> None: ...
+
+def gather_logprobs_fold_cpu_f32(
+    *,
+    logits: int,
+    bias: int,
+    rows: int,
+    cols: int,
+    first_col: int,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    targets: int,
+    maximum: int,
+    sum: int,
+    weighted: int,
+    picked: int,
+    num_targets: int,
+    threads: int,
+) -> None: ...
+
+gather_logprobs_fold_cpu_f64 = gather_logprobs_fold_cpu_f32
+
+def gather_logprobs_grad_cpu_f32(
+    *,
+    logits: int,
+    bias: int,
+    rows: int,
+    cols: int,
+    first_col: int,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    targets: int,
+    grad_logprobs: int,
+    grad_entropy: int,
+    maximum: int,
+    log_sum: int,
+    entropy: int,
+    num_targets: int,
+    threads: int,
+) -> None: ...
+
+gather_logprobs_grad_cpu_f64 = gather_logprobs_grad_cpu_f32

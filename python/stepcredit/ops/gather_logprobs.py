@@ -1,0 +1,444 @@
+"""`gather_logprobs`: log-probs of target tokens (and the entropy) from hidden states, never holding [N, V] logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, overload
+
+import torch
+
+from stepcredit import dispatch, reference
+from stepcredit.ops import _checks as check
+
+OP = "gather_logprobs"
+BACKWARD = "gather_logprobs_backward"
+
+#: The one tile of logits that is alive: rows x vocabulary entries. See benchmarks/bench_gather_logprobs.py.
+TILE_ROWS = 512
+TILE_COLS = 4096
+
+Tensor = torch.Tensor
+_served = dispatch.native(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and results: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Tiles:
+    """Recomputes logits tile by tile in one reused buffer: vocabulary outside, rows inside."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, **options: float | None) -> None:
+        self.wide = _wide(hidden.dtype)
+        self.hidden = hidden.to(self.wide)
+        self.weight = weight
+        self.bias = None if bias is None else bias.to(self.wide).contiguous()
+        self.rows, self.vocabulary = hidden.shape[0], weight.shape[0]
+        self.options = options
+        self.buffer = torch.empty(
+            min(self.rows, TILE_ROWS) * min(self.vocabulary, TILE_COLS), dtype=self.wide, device=hidden.device
+        )
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.vocabulary, TILE_COLS):
+            span = slice(start, min(start + TILE_COLS, self.vocabulary))
+            yield span, self.weight[span].to(self.wide)
+
+    def blocks(self, columns: slice, weight: Tensor) -> Iterator[tuple[slice, Tensor, dict[str, Any]]]:
+        """Rows, their tile of matrix products, and what the kernels need to know of the tile."""
+        cols = columns.stop - columns.start
+        for start in range(0, self.rows, TILE_ROWS):
+            rows = slice(start, min(start + TILE_ROWS, self.rows))
+            count = rows.stop - rows.start
+            tile = self.buffer[: count * cols].view(count, cols)
+            torch.mm(self.hidden[rows], weight.T, out=tile)
+            yield (
+                rows,
+                tile,
+                {
+                    "logits": tile.data_ptr(),
+                    "bias": 0 if self.bias is None else self.bias[columns].data_ptr(),
+                    "rows": count,
+                    "cols": cols,
+                    "first_col": columns.start,
+                    "threads": torch.get_num_threads(),
+                    **self.options,
+                },
+            )
+
+
+def _select(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() if rows is None else t.index_select(0, rows) for t in tensors]
+
+
+def _spread(rows: Tensor | None, count: int, *tensors: Tensor) -> list[Tensor]:
+    """Put selected rows back among `count`; the others are 0."""
+    if rows is None:
+        return list(tensors)
+    return [t.new_zeros(count, *t.shape[1:]).index_copy_(0, rows, t) for t in tensors]
+
+
+@dispatch.register(OP, "cpu", _served)
+def _cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from stepcredit import _C
+
+    count, wide = hidden.shape[0], _wide(hidden.dtype)
+    rows = None if row_mask is None or bool(row_mask.all()) else row_mask.nonzero()[:, 0]
+    hidden, targets = _select(rows, hidden, targets)
+    kernel = _C.gather_logprobs_fold_cpu_f64 if wide == torch.float64 else _C.gather_logprobs_fold_cpu_f32
+    maximum = torch.full(hidden.shape[:1], -torch.inf, dtype=torch.float64)
+    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    picked = torch.empty(targets.shape, dtype=torch.float64)
+    tiles = _Tiles(hidden, weight, bias, temperature=temperature, softcap=softcap or 0.0, scale=logit_scale)
+    for columns, stripe in tiles.columns():
+        for block, _, tile in tiles.blocks(columns, stripe):
+            kernel(
+                **tile,
+                targets=targets[block].data_ptr(),
+                maximum=maximum[block].data_ptr(),
+                sum=total[block].data_ptr(),
+                weighted=weighted[block].data_ptr(),
+                picked=picked[block].data_ptr(),
+                num_targets=targets.shape[1],
+            )
+    log_sum = total.log()
+    logprobs = (picked - maximum[:, None]) - log_sum[:, None]
+    entropy = log_sum - weighted / total
+    results = [t.to(wide) for t in (logprobs, entropy, maximum, log_sum)]
+    logprobs, entropy, maximum, log_sum = _spread(rows, count, *results)
+    return logprobs, entropy, maximum, log_sum
+
+
+@dispatch.register(BACKWARD, "cpu", _served)
+def _cpu_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from stepcredit import _C
+
+    count, wide = hidden.shape[0], _wide(hidden.dtype)
+    active = (grad_logprobs != 0).any(dim=1) | (grad_entropy != 0)
+    if row_mask is not None:
+        active &= row_mask
+    rows = None if bool(active.all()) else active.nonzero()[:, 0]
+    kept = _select(rows, hidden, targets, grad_logprobs, grad_entropy, entropy, maximum, log_sum)
+    chosen, targets, grad_logprobs, grad_entropy, entropy, maximum, log_sum = kept
+    tiles = _Tiles(chosen, weight, bias, temperature=temperature, softcap=softcap or 0.0, scale=logit_scale)
+    kernel = _C.gather_logprobs_grad_cpu_f64 if wide == torch.float64 else _C.gather_logprobs_grad_cpu_f32
+    d_hidden = torch.zeros_like(tiles.hidden) if needs[0] else None
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
+    d_bias = torch.zeros(weight.shape[0], dtype=wide) if needs[2] else None
+    for columns, stripe in tiles.columns():
+        d_stripe = torch.zeros(stripe.shape, dtype=wide) if needs[1] else None
+        for block, dz, tile in tiles.blocks(columns, stripe):
+            kernel(
+                **tile,
+                targets=targets[block].data_ptr(),
+                grad_logprobs=grad_logprobs[block].data_ptr(),
+                grad_entropy=grad_entropy[block].data_ptr(),
+                maximum=maximum[block].data_ptr(),
+                log_sum=log_sum[block].data_ptr(),
+                entropy=entropy[block].data_ptr(),
+                num_targets=targets.shape[1],
+            )
+            if d_hidden is not None:
+                d_hidden[block].addmm_(dz, stripe)
+            if d_stripe is not None:
+                d_stripe.addmm_(dz.T, tiles.hidden[block])
+            if d_bias is not None:
+                d_bias[columns] += dz.sum(dim=0)
+        if d_weight is not None and d_stripe is not None:
+            d_weight[columns] = d_stripe  # summed in float32 over all rows, rounded once
+    if d_hidden is not None:
+        (d_hidden,) = _spread(rows, count, d_hidden.to(hidden.dtype))
+    if d_bias is not None and bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+@dispatch.register(OP, "reference", dispatch.always)
+def _reference(*args: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs, entropy = reference.gather_logprobs(*args, **options)  # type: ignore[arg-type]
+    return logprobs, entropy, torch.zeros_like(entropy), torch.zeros_like(entropy)
+
+
+@dispatch.register(BACKWARD, "reference", dispatch.always)
+def _reference_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    *_: Tensor,
+    needs: tuple[bool, bool, bool],
+    **options: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return reference.gather_logprobs(hidden, weight, targets, bias, row_mask, **options)
+
+    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+    # torch.autograd.grad would find nothing to differentiate: a custom op runs below autograd.
+    pull = torch.func.vjp(forward, *inputs)[1]
+    d_hidden, d_weight, *d_bias = pull((grad_logprobs, grad_entropy))
+    return d_hidden if needs[0] else None, d_weight if needs[1] else None, d_bias[0] if needs[2] else None
+
+
+def _check_values(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    bad = ~hidden.isfinite().all(dim=1) if mask is None else ~hidden.isfinite().all(dim=1) & mask
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        value = float(hidden[row][~hidden[row].isfinite()][0])
+        raise ValueError(f"{OP}: hidden must be finite, got {value} in row {row}")
+    wrong = (targets < 0) | (targets >= weight.shape[0])
+    if mask is not None:
+        wrong &= mask[:, None]
+    if bool(wrong.any()):
+        row, k = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(f"{OP}: targets must lie in [0, {weight.shape[0]}), got {int(targets[row, k])} in row {row}")
+    if bias is not None:
+        at = (~((bias < torch.inf) | bias.isneginf())).nonzero()
+        check.require(len(at) == 0, f"{OP}: bias must be finite or -inf, got {float(bias[at[0]]) if len(at) else 0}")
+
+
+@torch.library.custom_op("stepcredit::gather_logprobs", mutates_args=())
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs [N, K], entropy, maximum and log-sum-exp above the maximum [N] (both 0 from the reference)."""
+    if not hidden.is_cuda:
+        _check_values(hidden, weight, targets, bias, row_mask)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return dispatch.function(OP, impl)(
+            hidden,
+            weight,
+            targets,
+            bias,
+            row_mask,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+
+
+@_op.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _wide(hidden.dtype)
+    rows = [hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3)]
+    return hidden.new_empty(targets.shape, dtype=wide), rows[0], rows[1], rows[2]
+
+
+@torch.library.custom_op("stepcredit::gather_logprobs_backward", mutates_args=())
+def _backward_op(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    impl: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; one that is not needed is empty."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        grads = dispatch.function(BACKWARD, impl)(
+            grad_logprobs,
+            grad_entropy,
+            hidden,
+            weight,
+            targets,
+            bias,
+            row_mask,
+            entropy,
+            maximum,
+            log_sum,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            needs=(need_hidden, need_weight, need_bias),
+        )
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in grads)
+    return d_hidden, d_weight, d_bias
+
+
+@_backward_op.register_fake
+def _(
+    grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias, (need_hidden, need_weight, need_bias) = rest[0], rest[-3:]
+    nothing = [hidden.new_empty(0) for _ in range(3)]
+    return (
+        hidden.new_empty(hidden.shape) if need_hidden else nothing[0],
+        weight.new_empty(weight.shape) if need_weight else nothing[1],
+        bias.new_empty(bias.shape) if need_bias else nothing[2],
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, temperature, softcap, logit_scale, impl = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = (temperature, softcap, logit_scale, impl)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _differentiate(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grads = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return d_hidden, d_weight, None, d_bias, None, None, None, None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@overload
+def gather_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
+    entropy: Literal[False] = False,
+    impl: str | None = None,
+) -> Tensor: ...
+@overload
+def gather_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
+    entropy: Literal[True],
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def gather_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
+    entropy: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of target tokens under a language-model head, and the entropy, never holding all [N, V] logits.
+
+    Equivalent::
+
+        z        = (hidden.float() @ weight.float().T + bias) * logit_scale
+        z        = softcap * tanh(z / softcap)                         # softcap=None: not
+        logp     = (z / temperature).log_softmax(-1)
+        logprobs = logp.gather(-1, targets);  entropy = -(logp.exp() * logp).sum(-1)
+
+    Differentiable, once, in hidden, weight and bias, through log-probs and entropy. Logits, log-sum-exp and the sums of
+    the gradients are float32 whatever the input dtype (float64 for float64), also under autocast, which does not change
+    the dtype of this op. Rows that cannot matter are never computed: masked rows in forward; in backward also every row
+    whose incoming gradients are all exactly 0 (its gradient is 0 even where its log-probs are NaN). Logits are
+    recomputed in backward, one tile at a time. Deterministic for a given number of threads.
+
+    Args:
+        hidden: float [N, H], last hidden states, finite on the rows that count; any strides.
+        weight: float [V, H], the head. Of two dtypes in hidden and weight the narrower is cast to the wider.
+        targets: int64 [N] or [N, K], token ids in [0, V); those of masked rows are not read (-100 is fine there).
+        bias: float [V], finite or -inf (a token that cannot occur).
+        temperature: logits are divided by it, after the soft cap.
+        softcap: bound of the logits before the temperature (Gemma-2: 30).
+        logit_scale: factor on the logits before the soft cap (Cohere).
+        row_mask: bool [N]; log-probs and entropy of rows that are False are 0, and so are their gradients.
+        entropy: also return the entropy.
+        impl: "cpu" or "reference"; None picks the first that can run.
+
+    Returns:
+        logprobs of the shape of `targets`, in nats, float32 (float64 for float64 input); with `entropy=True` the pair
+        (logprobs, entropy [N]), the entropy in nats. Logits that overflow float32, or a NaN in weight, give NaN, as
+        the equivalent lines do.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong; hidden is not finite or a target is out of range on a row
+            that counts (values are checked for CPU tensors only, since on a GPU the check would make the host wait).
+
+    Source: the definition; the compaction of rows without gradient and the entropy gradient -p (log p + H), written so
+    that p = 0 gives 0, are ours.
+    """
+    check.tensor(OP, "hidden", hidden, 2, "f")
+    check.tensor(OP, "weight", weight, 2, "f")
+    check.tensor(OP, "targets", targets, (1, 2), "i")
+    if bias is not None:
+        check.tensor(OP, "bias", bias, 1, "f")
+        check.length(OP, "bias", bias, weight.shape[0], "one a row of weight")
+    if row_mask is not None:
+        check.tensor(OP, "row_mask", row_mask, 1, "b")
+        check.length(OP, "row_mask", row_mask, hidden.shape[0], "one a row of hidden")
+    check.same_device(OP, hidden=hidden, weight=weight, targets=targets, bias=bias, row_mask=row_mask)
+    check.length(OP, "targets", targets, hidden.shape[0], "one a row of hidden")
+    check.require(
+        hidden.shape[1] == weight.shape[1],
+        f"{OP}: hidden has width {hidden.shape[1]}, weight has width {weight.shape[1]}",
+    )
+    check.require(weight.shape[0] > 0, f"{OP}: weight must have at least one row, got shape {tuple(weight.shape)}")
+    check.require(0 < temperature < float("inf"), f"{OP}: temperature must be positive, got {temperature!r}")
+    check.require(
+        softcap is None or 0 < softcap < float("inf"), f"{OP}: softcap must be positive or None, got {softcap!r}"
+    )
+    check.in_range(OP, "logit_scale", logit_scale, -1e6, 1e6)
+    common = torch.promote_types(hidden.dtype, weight.dtype)
+    hidden, weight = hidden.to(common), weight.to(common)
+    columns = targets if targets.ndim == 2 else targets[:, None]
+    given = [t for t in (hidden, weight, targets, bias, row_mask) if t is not None]
+    name = dispatch.resolve(OP, impl, *given)
+    logprobs, entropies, _, _ = _op(hidden, weight, columns, bias, row_mask, temperature, softcap, logit_scale, name)
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropies) if entropy else logprobs
