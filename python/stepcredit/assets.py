@@ -110,8 +110,13 @@ def convert_smollm2(source: Path, target: Path) -> None:
         raise RuntimeError(f"{source}: the tokenizer does not give back {tags!r}")
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(target.iterdir())}
-    (target / _MANIFEST).write_text(json.dumps({"source": source.name, "files": files}, indent=1))
+    write_manifest(target, source)
+
+
+def write_manifest(directory: Path, source: Path) -> None:
+    """Record the size and SHA-256 of every file of a converted model, for `damage`."""
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(directory.iterdir())}
+    (directory / _MANIFEST).write_text(json.dumps({"source": source.name, "files": files}, indent=1))
 
 
 def damage(directory: Path) -> str:

@@ -1,0 +1,85 @@
+"""Scripted searchers of mixed quality, for the supervised warm start.
+
+A policy that only saw good plans has nothing left to learn from; one that saw none does not search at all. So a known
+share of the demonstrations searches badly, in ways that step-level credit can tell apart. What is scripted here is
+what a searcher would write; `train/warm_start.py` runs it against the environment.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import accumulate
+
+from stepcredit.rollout import Question
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemonstrationMix:
+    """Shares of the demonstrations by quality; they must sum to 1.
+
+    Attributes:
+        good: the question's plan, every query in order.
+        question: one search, for the question's own text.
+        one_hop: the plan's first query only. A plan of one query has no later hop to leave out and stays good.
+        repeat: the plan's first query twice.
+    """
+
+    good: float = 0.4
+    question: float = 0.2
+    one_hop: float = 0.2
+    repeat: float = 0.2
+
+    def __post_init__(self) -> None:
+        for share in fields(self):
+            if not 0 <= getattr(self, share.name) <= 1:
+                raise ValueError(f"{share.name} must lie in [0, 1], got {getattr(self, share.name)}")
+        if abs(sum(astuple(self)) - 1) > 1e-6:
+            raise ValueError(f"the shares must sum to 1, got {sum(astuple(self)):g}: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A searcher's script.
+
+    Attributes:
+        question: what is asked.
+        quality: the field of `DemonstrationMix` it was drawn under.
+        queries: what it searches for, in order; at least one.
+        answer: what it answers: the first gold answer, whether or not the searches found it.
+    """
+
+    question: Question
+    quality: str
+    queries: tuple[str, ...]
+    answer: str
+
+
+def demonstrate(question: Question, quality: str) -> Demonstration:
+    """The script of one quality. ValueError for an unknown quality, or a question without a plan."""
+    plan = question.plan
+    if not plan:
+        raise ValueError(f"question {question.id!r} has no plan, so it cannot be demonstrated")
+    scripts = {"good": plan, "question": (question.text,), "one_hop": plan[:1], "repeat": plan[:1] * 2}
+    if quality not in scripts:
+        raise ValueError(f"quality is {quality!r}, expected one of {', '.join(scripts)}")
+    return Demonstration(question=question, quality=quality, queries=scripts[quality], answer=question.answers[0])
+
+
+def demonstrations(
+    questions: Sequence[Question], mix: DemonstrationMix | None = None, seed: int = 0
+) -> list[Demonstration]:
+    """One demonstration per question, in the order given; deterministic for a seed.
+
+    The shares of `mix` (None: the defaults) hold to within one demonstration, not only on average.
+    """
+    bounds = list(accumulate(astuple(mix or DemonstrationMix())))[:-1]
+    names = [share.name for share in fields(DemonstrationMix)]
+    ranks = list(range(len(questions)))
+    random.Random(seed).shuffle(ranks)
+    return [
+        demonstrate(question, names[bisect(bounds, (rank + 0.5) / len(questions))])
+        for question, rank in zip(questions, ranks, strict=True)
+    ]

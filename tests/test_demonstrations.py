@@ -1,0 +1,69 @@
+from collections import Counter
+
+import pytest
+
+from stepcredit.data.demonstrations import DemonstrationMix, demonstrate, demonstrations
+from stepcredit.rollout import Question
+
+TWO_HOP = Question(id="q2", text="Currency where Lyon lies?", answers=("Euro", "EUR"), plan=("Lyon", "France"))
+ONE_HOP = Question(id="q1", text="Capital of France?", answers=("Paris",), plan=("France",))
+
+
+@pytest.mark.parametrize(
+    ("question", "quality", "queries"),
+    [
+        (TWO_HOP, "good", ("Lyon", "France")),
+        (TWO_HOP, "question", ("Currency where Lyon lies?",)),
+        (TWO_HOP, "one_hop", ("Lyon",)),
+        (TWO_HOP, "repeat", ("Lyon", "Lyon")),
+        (ONE_HOP, "good", ("France",)),
+        (ONE_HOP, "question", ("Capital of France?",)),
+        (ONE_HOP, "one_hop", ("France",)),
+        (ONE_HOP, "repeat", ("France", "France")),
+    ],
+)
+def test_scripts(question, quality, queries):
+    script = demonstrate(question, quality)
+    assert script.queries == queries
+    assert script.answer == question.answers[0]
+    assert (script.question, script.quality) == (question, quality)
+
+
+def test_shares_hold_and_seeds_differ():
+    questions = [Question(id=str(i), text="t", answers=("a",), plan=("p", "q")) for i in range(180)]
+    scripts = demonstrations(questions)
+    assert Counter(s.quality for s in scripts) == {"good": 72, "question": 36, "one_hop": 36, "repeat": 36}
+    assert [s.question for s in scripts] == questions
+    assert demonstrations(questions, seed=0) == scripts != demonstrations(questions, seed=1)
+    assert 20 <= sum(s.quality == "good" for s in scripts[:90]) <= 52  # spread over the list, not in blocks
+
+
+def test_shares_hold_to_within_one_on_odd_numbers():
+    mix = DemonstrationMix(good=0.5, question=0.0, one_hop=0.25, repeat=0.25)
+    counts = Counter(s.quality for s in demonstrations([TWO_HOP] * 13, mix))
+    assert counts["question"] == 0
+    assert abs(counts["good"] - 6.5) < 1
+    assert abs(counts["repeat"] - 3.25) < 1
+    assert counts.total() == 13
+    assert demonstrations([]) == []
+
+
+def test_pure_mix_is_pure():
+    mix = DemonstrationMix(good=0.0, question=0.0, one_hop=0.0, repeat=1.0)
+    assert {s.quality for s in demonstrations([TWO_HOP] * 50, mix)} == {"repeat"}
+
+
+def test_bad_mixes_are_named():
+    with pytest.raises(ValueError, match=r"must sum to 1, got 1\.1"):
+        DemonstrationMix(good=0.5)
+    with pytest.raises(ValueError, match=r"repeat must lie in \[0, 1\], got -0\.2"):
+        DemonstrationMix(good=0.8, repeat=-0.2)
+    with pytest.raises(ValueError, match="good must lie"):
+        DemonstrationMix(good=float("nan"))
+
+
+def test_bad_questions_and_qualities_are_named():
+    with pytest.raises(ValueError, match="question 'q3' has no plan"):
+        demonstrations([TWO_HOP, Question(id="q3", text="t", answers=("a",))])
+    with pytest.raises(ValueError, match="quality is 'goood', expected one of good, question, one_hop, repeat"):
+        demonstrate(TWO_HOP, "goood")
