@@ -99,7 +99,7 @@ void topk_search_cpu(const TopkSearchParams& p) {
   const int64_t blocks = (p.num_queries + kBlock - 1) / kBlock;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.threads, blocks));
   const int64_t width = (blocks + parts - 1) / parts * kBlock;
-#pragma omp parallel for num_threads(p.threads) if (parts > 1)
+#pragma omp parallel for num_threads(p.threads) if (parts > 1 && p.rows * p.num_queries > kParallelMinimum)
   for (int64_t begin = 0; begin < p.num_queries; begin += width) {
     fold(p, begin, std::min(begin + width, p.num_queries));
   }

@@ -10,9 +10,9 @@ from stepcredit.ops import _checks as check
 OP = "topk_search"
 MAX_K = 1024
 
-#: Queries and scores of a tile of the CPU path: a tile is written by the matrix product and read back from the cache.
+#: Largest tile of scores on the CPU (4 MiB): small enough to be read back from the cache it was written to.
 TILE_QUERIES = 512
-TILE_SCORES = 1 << 19
+TILE_PASSAGES = 2048
 
 dispatch.register(OP, "reference", dispatch.always)(reference.topk_search)
 
@@ -28,10 +28,9 @@ def _cpu(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Te
     for start in range(0, shape[0], TILE_QUERIES):
         block = queries[start : start + TILE_QUERIES].T
         count = block.shape[1]
-        rows = min(passages, max(TILE_SCORES // TILE_QUERIES, TILE_SCORES // (16 * count)))
-        tile = torch.empty(rows, count, dtype=torch.float32)
-        for first in range(0, passages, rows):
-            stripe = vectors[first : first + rows]
+        tile = torch.empty(min(passages, TILE_PASSAGES), count, dtype=torch.float32)
+        for first in range(0, passages, TILE_PASSAGES):
+            stripe = vectors[first : first + TILE_PASSAGES]
             # Passages x queries: the BLAS is faster on this shape than on its transpose when queries are few.
             torch.mm(stripe, block, out=tile[: stripe.shape[0]])
             _C.topk_search_cpu(
