@@ -1,0 +1,72 @@
+"""Learning curves of a run as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+#: Panels: title, then (metric, label, factor) of each line.
+_PANELS: tuple[tuple[str, tuple[tuple[str, str, float], ...]], ...] = (
+    ("Reward", (("reward", "total", 1), ("reward_f1", "F1", 1), ("reward_std", "std within groups", 1))),
+    ("Answers, %", (("em", "EM", 100), ("f1", "F1", 100), ("finished", "finished", 100))),
+    ("Retrieval, %", (("hit", "gold passages", 100), ("any_hit", "any gold passage", 100))),
+    ("Searches per rollout", (("searches", "searches", 1),)),
+    ("Information gain, nats per token", (("gain_mean", "mean", 1), ("gain_std", "std", 1))),
+    (
+        "Seconds per step",
+        (("seconds_rollout", "rollout", 1), ("seconds_credit", "credit", 1), ("seconds_update", "update", 1)),
+    ),
+)  # fmt: skip
+
+_COLOURS = ("#1f5fa8", "#d1701f", "#6b6b6b")
+
+
+def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
+    """Draw the GRPO steps, and the held-out evaluations at their ends, into `path`.
+
+    Args:
+        metrics: the lines of `metrics.jsonl`.
+        path: where the PNG goes.
+
+    Returns:
+        One sentence to print: where the curves are, or why there are none.
+    """
+    steps = [m for m in metrics if m["phase"] == "grpo"]
+    if not steps:
+        return f"{path} was not drawn: no GRPO step was made"
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return f"{path} was not drawn: matplotlib is not installed (pip install matplotlib)"
+    evaluations = {m["when"]: m for m in metrics if m["phase"] == "evaluation"}
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        for (name, label, factor), colour in zip(lines, _COLOURS, strict=False):
+            points = [(m["step"], factor * m[name]) for m in steps if m.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3)
+            ends = [
+                (m["step"], factor * m[key])
+                for when in ("before", "after")
+                if (m := evaluations.get(when)) and (key := f"sampled_{name}") in m
+            ]
+            if ends and title.endswith("%"):
+                axes.plot(
+                    *zip(*ends, strict=True), color=colour, linestyle="none", marker="D", label=f"{label}, held out"
+                )
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("GRPO step", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if title.endswith("%"):
+            axes.set_ylim(-2, 102)
+        elif not title.startswith("Information"):
+            axes.set_ylim(bottom=0)
+        if axes.lines:
+            axes.legend(fontsize=8, frameon=False)
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="grey")
+    figure.savefig(path, dpi=130)
+    return f"learning curves: {path}"

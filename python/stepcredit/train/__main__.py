@@ -1,0 +1,118 @@
+"""`python -m stepcredit.train RECIPE field=value ...`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transformers.utils import logging as transformers_logging
+
+from stepcredit.credit import METHODS
+from stepcredit.train.config import TrainConfig, apply_overrides, as_text, describe_type, field_docs, from_json
+from stepcredit.train.loop import train
+from stepcredit.train.progress import Reporter
+from stepcredit.train.recipes import RECIPES, get_recipe
+from stepcredit.train.setup import build
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a recipe. Returns the exit code: 0, or 2 when an argument or a file it names is wrong."""
+    arguments = _parser().parse_args(argv)
+    if arguments.help:
+        print(help_text())
+        return 0
+    reporter = Reporter()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        config, directory = _configure(arguments)
+        parts = build(config, reporter)
+        directory.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    reporter.line(f"{config.recipe}: writing to {directory}")
+    if parts.dataset.attribution:
+        reporter.line(parts.dataset.attribution)
+    train(config, parts, directory, resume=arguments.resume is not None)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m stepcredit.train", add_help=False)
+    parser.add_argument("words", nargs="*", metavar="RECIPE field=value")
+    parser.add_argument("--resume", metavar="DIR")
+    parser.add_argument("-h", "--help", action="store_true")
+    return parser
+
+
+def _configure(arguments: argparse.Namespace) -> tuple[TrainConfig, Path]:
+    """The configuration the arguments ask for, and where the run writes."""
+    words = list(arguments.words)
+    if arguments.resume is not None:
+        directory = Path(arguments.resume)
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"--resume {directory}: there is no config.json of a run")
+        if not (directory / "checkpoint" / "state.json").is_file():
+            raise FileNotFoundError(f"--resume {directory}: no checkpoint; runs write one with checkpoint_every=N")
+        config = apply_overrides(from_json(json.loads((directory / "config.json").read_text())), words)
+        return config, directory
+    name = words.pop(0) if words and "=" not in words[0] else "quickstart"
+    config = apply_overrides(get_recipe(name), words)
+    directory = Path(config.output_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (directory / "metrics.jsonl").exists():
+        raise FileExistsError(f"output_dir={directory} holds a run already: choose another, or --resume it")
+    return config, directory
+
+
+def help_text() -> str:
+    """The help: what to type, the recipes, and every field with its default and meaning."""
+    lines = [
+        "Train a search agent with step-level credit.",
+        "",
+        "  python -m stepcredit.train                         the quickstart",
+        "  python -m stepcredit.train RECIPE field=value ...  a recipe with some fields changed",
+        "  python -m stepcredit.train --resume DIR            go on from the checkpoint of a run",
+        "",
+        "For example: python -m stepcredit.train quickstart seed=1 steps=5 credit=search_r1",
+        "",
+        "Recipes:",
+        *(f"  {name:<12} {(recipe.__doc__ or '').strip()}" for name, recipe in RECIPES.items()),
+        "",
+        "Fields and their defaults (a recipe changes some):",
+        *_describe(TrainConfig(), ""),
+    ]
+    for name, method in METHODS.items():
+        lines += ["", f"Fields of credit={name}: {(method.__doc__ or '').strip().splitlines()[0]}"]
+        lines += _describe(method(), "credit.")
+    return "\n".join(lines)
+
+
+def _describe(group: Any, prefix: str) -> list[str]:
+    docs, hints, lines = field_docs(type(group)), get_type_hints(type(group)), []
+    for f in sorted(fields(group), key=lambda f: is_dataclass(getattr(group, f.name))):
+        value = getattr(group, f.name)
+        if f.name == "credit":
+            lines += ["", f"  credit=ig_search ({' | '.join(METHODS)})", f"      {docs[f.name]}"]
+        elif is_dataclass(value):
+            lines += [
+                "",
+                f"{(type(value).__doc__ or '').strip().splitlines()[0]}",
+                *_describe(value, f"{prefix}{f.name}."),
+            ]
+        else:
+            lines += [
+                f"  {prefix}{f.name}={as_text(value)} ({describe_type(hints[f.name])})",
+                f"      {docs.get(f.name, '')}",
+            ]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

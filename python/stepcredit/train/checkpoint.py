@@ -1,0 +1,78 @@
+"""Checkpoints in safetensors: everything a run needs to go on bit for bit.
+
+A checkpoint is a directory with `optimizer.safetensors` (float32 masters and Adam moments), `reference.safetensors`
+(only where a KL to a reference policy is trained) and `state.json` (steps done, and what the loop carries along).
+The randomness of a step is a function of the run's seed and the step's number, so no generator state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from stepcredit.train.optimizer import MasterAdamW
+
+
+@dataclass(slots=True)
+class State:
+    """What the loop carries from step to step besides tensors.
+
+    Attributes:
+        step: GRPO steps done.
+        seconds: wall-clock time spent so far, in this and in resumed processes.
+        tokens_forwarded: real tokens run through the model so far.
+        seconds_credit, seconds_steps: time in credit scoring and in GRPO steps so far.
+        before: evaluation before the first GRPO step.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens_forwarded: int = 0
+    seconds_credit: float = 0.0
+    seconds_steps: float = 0.0
+    before: dict[str, dict[str, float]] | None = None
+
+
+def save_checkpoint(
+    directory: Path, optimizer: MasterAdamW, state: State, reference: PreTrainedModel | None = None
+) -> None:
+    """Write a checkpoint, replacing an older one only when the new one is complete."""
+    scratch = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in optimizer.state().items()}, scratch / "optimizer.safetensors")
+    if reference is not None:
+        save_file(dict(_named(reference)), scratch / "reference.safetensors")
+    values = {name: getattr(state, name) for name in State.__slots__}
+    (scratch / "state.json").write_text(json.dumps(values, indent=1))
+    shutil.rmtree(directory, ignore_errors=True)
+    scratch.rename(directory)
+
+
+def load_checkpoint(directory: Path, optimizer: MasterAdamW, reference: PreTrainedModel | None = None) -> State:
+    """Load a checkpoint into the optimizer (and through it the model) and the reference policy.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint there.
+        ValueError: it belongs to another model.
+    """
+    if not (directory / "state.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no checkpoint (state.json); runs write one with checkpoint_every=N")
+    optimizer.load_state(load_file(directory / "optimizer.safetensors"))
+    if reference is not None:
+        weights = load_file(directory / "reference.safetensors")
+        for name, parameter in _named(reference):
+            parameter.data.copy_(weights[name])
+    values: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    return State(**values)
+
+
+def _named(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    # named_parameters lists tied parameters once, as safetensors needs them.
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]

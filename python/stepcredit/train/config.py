@@ -1,0 +1,433 @@
+"""The configuration of a run: frozen dataclasses, `field=value` overrides, and their documentation.
+
+Every field is documented once, in the "Attributes:" section of its class; `--help` prints from there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from stepcredit.credit import METHODS, CreditMethod, IGSearch
+from stepcredit.data.demonstrations import DemonstrationMix
+from stepcredit.protocol import get_protocol
+from stepcredit.train.engine import Sampling
+from stepcredit.train.rewards import RewardWeights
+
+
+def _require(good: bool, name: str, rule: str, value: object) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _at_least(group: object, prefix: str, **least: float) -> None:
+    for name, bound in least.items():
+        value = getattr(group, name)
+        _require(math.isfinite(value) and value >= bound, f"{prefix}{name}", f"at least {bound}", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The policy.
+
+    Attributes:
+        name: "smollm2" (packaged weights), "tiny" (a random small Llama), a local directory, or a Hub name.
+        dtype: what it computes in; "auto" is bfloat16 where the device multiplies it natively, else float32. Weights
+            are kept and updated in float32 either way.
+        device: "auto" (the GPU where there is one), or a torch device such as "cpu" or "cuda:1".
+    """
+
+    name: str = "smollm2"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name.strip()), "model.name", "a model", self.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Questions, passages, and how passages are found.
+
+    Attributes:
+        questions: "atlas" (built at run time), or a JSONL file of questions.
+        corpus: the JSONL file of passages that goes with a file of questions.
+        datasets: of a file of questions, use only these data sets (comma-separated); empty uses all.
+        seed: of the atlas: which countries are held out and how questions are put.
+        retriever: "bm25", or "dense" (an encoder and an exact index).
+        encoder: the model of the dense retriever: "minilm" (packaged weights), a local directory, or a Hub name.
+        convention: how that encoder was trained (prefixes, pooling): "minilm", "e5", "bge" or "gte".
+    """
+
+    questions: str = "atlas"
+    corpus: str = ""
+    datasets: tuple[str, ...] = ()
+    seed: int = 0
+    retriever: Literal["bm25", "dense"] = "bm25"
+    encoder: str = "minilm"
+    convention: Literal["minilm", "e5", "bge", "gte"] = "minilm"
+
+    def __post_init__(self) -> None:
+        if self.questions == "atlas":
+            _require(not self.corpus, "data.corpus", "empty with data.questions=atlas", self.corpus)
+        else:
+            _require(bool(self.corpus), "data.corpus", f"a file that goes with {self.questions!r}", self.corpus)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvironmentConfig:
+    """What answers the policy.
+
+    Attributes:
+        protocol: the tag grammar, "search_r1" or "refine".
+        prompt: "plain" (just the question, for warm-started policies) or "chat" (instruction and chat template).
+        top_k: passages per search.
+        max_searches: executed searches per rollout.
+        passage_words: passages are cut to this many words; none leaves them whole.
+        force_answer: open the answer for the policy when its searches are used up; otherwise the rollout ends there.
+        max_invalid: invalid turns answered with a notice before the answer is forced.
+    """
+
+    protocol: str = "search_r1"
+    prompt: Literal["plain", "chat"] = "plain"
+    top_k: int = 3
+    max_searches: int = 4
+    passage_words: int | None = None
+    force_answer: bool = True
+    max_invalid: int = 1
+
+    def __post_init__(self) -> None:
+        get_protocol(self.protocol)
+        _at_least(self, "environment.", top_k=1, max_searches=0, max_invalid=0)
+        if self.passage_words is not None:
+            _at_least(self, "environment.", passage_words=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How rollouts are sampled in training. Evaluation is greedy, and sampled at temperature 1.
+
+    Attributes:
+        temperature: divides the logits; log-probs are those of the tempered distribution.
+        top_p: sample from the smallest set of tokens whose probability reaches this.
+        max_turn_tokens: tokens the policy may spend on a turn.
+        max_answer_tokens: tokens it may spend on an answer that was opened for it.
+        max_batch: rollouts decoded at once.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_turn_tokens: int = 128
+    max_answer_tokens: int = 32
+    max_batch: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(self, "sampling.", max_batch=1)
+        try:
+            self.build(seed=0)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from None
+
+    def build(self, seed: int) -> Sampling:
+        """The engine's sampling settings."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_turn_tokens=self.max_turn_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The policy loss and how a batch of rollouts is used.
+
+    Attributes:
+        clip_low: ratios below 1 - clip_low earn no further gradient.
+        clip_high: ratios above 1 + clip_high earn no further gradient.
+        kl_coef: weight of the low-variance KL to the policy as it was after the warm start; 0 keeps no reference.
+        aggregation: "token" (every policy token of the batch weighs the same) or "sequence" (every rollout does).
+        epochs: passes over a batch of rollouts.
+        minibatches: optimizer steps per pass, each on its share of the rollouts.
+        max_tokens: padded tokens per forward and backward; bounds memory, changes nothing else.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    aggregation: Literal["token", "sequence"] = "token"
+    epochs: int = 1
+    minibatches: int = 1
+    max_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _at_least(self, "loss.", clip_low=0.0, clip_high=0.0, kl_coef=0.0, epochs=1, minibatches=1, max_tokens=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW on float32 weights.
+
+    Attributes:
+        learning_rate: of GRPO.
+        warmup_steps: GRPO steps over which the learning rate rises linearly to its value.
+        beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
+        max_grad_norm: gradients are scaled down to this global norm.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "optimizer.", learning_rate=0.0, warmup_steps=0, eps=0.0, weight_decay=0.0)
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "in [0, 1)", getattr(self, name))
+        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "positive", self.max_grad_norm)
+
+    def adamw(self) -> dict[str, Any]:
+        """The settings of `MasterAdamW`."""
+        return {
+            "betas": (self.beta1, self.beta2),
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def rate(self, step: int) -> float:
+        """Learning rate of GRPO step `step`, counted from 0."""
+        return self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised steps on scripted demonstrations before the reinforcement learning.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the warm start out.
+        batch: demonstrations per step.
+        learning_rate: of AdamW; its other settings are the optimizer's.
+        mix: shares of good and bad demonstrations.
+    """
+
+    steps: int = 0
+    batch: int = 12
+    learning_rate: float = 1e-4
+    mix: DemonstrationMix = field(default_factory=DemonstrationMix)
+
+    def __post_init__(self) -> None:
+        _at_least(self, "warm_start.", steps=0, batch=1, learning_rate=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Evaluation on held-out questions, before and after the reinforcement learning.
+
+    Attributes:
+        split: "test", or "dev" for choosing settings.
+        questions: how many, the same ones whatever the seed of the run.
+        samples: sampled rollouts per question beside the greedy one; 0 leaves them out.
+    """
+
+    split: Literal["dev", "test"] = "test"
+    questions: int = 80
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, "evaluation.", questions=1, samples=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+        recipe: the recipe this configuration started from; part of the output directory's name.
+        seed: of everything random in the run: questions, demonstrations, sampling, counterfactual draws.
+        steps: GRPO steps.
+        questions_per_step: questions per GRPO step.
+        group_size: rollouts per question.
+        output_dir: where the run writes; empty is runs/<recipe>-<time>.
+        checkpoint_every: write a checkpoint that --resume can continue every so many steps (for a small model 12
+            bytes per parameter); 0 keeps the final weights only.
+        credit: the credit method; its own fields follow it as credit.<field>.
+    """
+
+    recipe: str = "custom"
+    seed: int = 0
+    steps: int = 10
+    questions_per_step: int = 6
+    group_size: int = 8
+    output_dir: str = ""
+    checkpoint_every: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rewards: RewardWeights = field(default_factory=RewardWeights)
+    credit: CreditMethod = field(default_factory=IGSearch)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, "", seed=0, steps=0, questions_per_step=1, group_size=1, checkpoint_every=0)
+        _require(
+            self.loss.minibatches <= self.questions_per_step * self.group_size,
+            "loss.minibatches",
+            f"at most the {self.questions_per_step * self.group_size} rollouts of a step",
+            self.loss.minibatches,
+        )
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name, e.g. {"steps": 10, "credit": "ig_search", "credit.alpha": 0.3, ...}."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value, name = getattr(config, f.name), prefix + f.name
+        if not is_dataclass(value):
+            flat[name] = value
+            continue
+        if f.name == "credit":
+            flat[name] = method_name(cast(CreditMethod, value))
+        flat.update(flatten(value, name + "."))
+    return flat
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """`flatten`, with what JSON lacks (infinity, tuples) as the text of an override."""
+    return {
+        name: as_text(value) if isinstance(value, tuple) or value == math.inf else value
+        for name, value in flatten(config).items()
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that `to_json` wrote."""
+    return apply_overrides(TrainConfig(), [f"{name}={as_text(value)}" for name, value in values.items()])
+
+
+def method_name(method: CreditMethod) -> str:
+    """The name of a credit method in the registry."""
+    return next(name for name, cls in METHODS.items() if type(method) is cls)
+
+
+def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """A copy of `config` with "field=value" and "group.field=value" overrides applied, in any order, last one wins.
+
+    Values are parsed by the field's type: numbers (1e-5), true / false, none where a field may be empty, and the
+    allowed words of a choice. "credit=NAME" starts from that method's defaults.
+
+    Raises:
+        ValueError: not of the form field=value, unknown field (with the nearest match), or a value that does not
+            parse or is not allowed; the message names the field and the value.
+    """
+    changes: dict[str, str] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"expected field=value, got {override!r}")
+        changes[name.strip()] = text.strip()
+    if "credit" in changes:
+        config = replace(config, credit=METHODS[_choice("credit", changes.pop("credit"), METHODS)]())
+    known = flatten(config)
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r}{nearest(name, known)}")
+    return cast(TrainConfig, _replace(config, changes, ""))
+
+
+def _replace(group: Any, changes: Mapping[str, str], prefix: str) -> Any:
+    hints = get_type_hints(type(group))
+    new: dict[str, Any] = {}
+    for f in fields(group):
+        name, value = prefix + f.name, getattr(group, f.name)
+        if is_dataclass(value):
+            inner = {n: text for n, text in changes.items() if n.startswith(name + ".")}
+            if inner:
+                new[f.name] = _replace(value, inner, name + ".")
+        elif name in changes:
+            new[f.name] = parse_value(name, changes[name], hints[f.name])
+    return replace(group, **new)
+
+
+def parse_value(name: str, text: str, hint: Any) -> Any:
+    """`text` as a value of type `hint`; ValueError naming the field and the text when it is none."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if text.lower() == "none" and type(None) in get_args(hint):
+            return None
+        hint = next(a for a in get_args(hint) if a is not type(None))
+        origin = get_origin(hint)
+    if origin is Literal:
+        return _choice(name, text, get_args(hint))
+    if hint is str:
+        return text
+    if origin is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if hint is bool:
+        return _choice(name, text.lower(), ("true", "false")) == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"{name} must be {'an integer' if hint is int else 'a number'}, got {text!r}") from None
+
+
+def _choice(name: str, text: str, choices: Iterable[str]) -> str:
+    if text not in set(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}{nearest(text, choices)}")
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", where a field of the same last name ("alpha": "credit.alpha") is nearest."""
+    leaves = {str(k): str(k).rpartition(".")[2] for k in known}
+    leaf = name.rpartition(".")[2]
+    near = [k for k, last in leaves.items() if last == leaf]
+    near = near or difflib.get_close_matches(name, leaves, n=1)
+    near = near or [k for k, last in leaves.items() if last in difflib.get_close_matches(leaf, leaves.values(), n=1)]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def as_text(value: Any) -> str:
+    """A value as an override would write it: "none", "true", "2wiki,musique", "0.3"."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def describe_type(hint: Any) -> str:
+    """A field's type for the help: "int", "float or none", "token | sequence"."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else describe_type(a) for a in get_args(hint))
+    return "a,b,..." if get_origin(hint) is tuple else str(hint.__name__)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What the "Attributes:" section of a class's docstring says about each field, each on one line."""
+    docs: dict[str, str] = {}
+    names: list[str] = []
+    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    for line in section.splitlines():
+        if line and not line.startswith("    "):
+            break
+        if head := re.match(r" {4}(\w[\w, ]*): (.*)", line):
+            names = [n.strip() for n in head[1].split(",")]
+            docs.update(dict.fromkeys(names, head[2].strip()))
+        else:
+            docs.update({n: f"{docs[n]} {line.strip()}".strip() for n in names})
+    return docs

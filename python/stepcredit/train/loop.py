@@ -1,0 +1,264 @@
+"""The training loop: roll out, retrieve, score, credit, update, log, checkpoint.
+
+Everything random in step k is drawn from the run's seed and k alone, so a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stepcredit.data.demonstrations import demonstrations
+from stepcredit.evaluate import summarize
+from stepcredit.report.curves import draw_curves
+from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
+from stepcredit.train.config import TrainConfig, to_json
+from stepcredit.train.metrics import Clock, MetricsLog, outcome_metrics
+from stepcredit.train.rewards import assign_rewards
+from stepcredit.train.setup import Parts, frozen_copy, seeded
+from stepcredit.train.update import policy_update, supervised_step
+from stepcredit.train.warm_start import play
+
+
+def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run a configuration to its end and return its summary, as written to `summary.json`.
+
+    Args:
+        config: what to run.
+        parts: model, data and engines built from it (`stepcredit.train.setup.build`).
+        directory: an existing directory, where everything is written.
+        resume: continue from `directory/checkpoint`.
+
+    Raises:
+        FileNotFoundError: `resume` without a checkpoint.
+        FloatingPointError: log-probs, loss or gradient stopped being finite.
+    """
+    started = time.perf_counter()
+    log = MetricsLog(directory / "metrics.jsonl")
+    (directory / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
+    checkpoint = directory / "checkpoint"
+    reference = None
+    if resume:
+        reference = frozen_copy(parts.model) if config.loss.kl_coef > 0 else None
+        state = load_checkpoint(checkpoint, parts.optimizer, reference)
+        log.drop_after(state.step)
+    else:
+        state = State()
+        warm_start(config, parts, state, log)
+        reference = frozen_copy(parts.model) if config.loss.kl_coef > 0 else None
+        state.before = evaluate(config, parts, state, log, "before")
+    earlier = state.seconds
+
+    with parts.reporter.task("GRPO", config.steps) as advance:
+        advance(state.step)
+        for step in range(state.step, config.steps):
+            metrics = train_step(config, parts, state, step, reference)
+            log.write(metrics)
+            advance(1, f"reward {metrics['reward']:.2f}  EM {100 * float(metrics['em']):.1f}")
+            state.step, state.seconds = step + 1, earlier + time.perf_counter() - started
+            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                save_checkpoint(checkpoint, parts.optimizer, state, reference)
+
+    after = evaluate(config, parts, state, log, "after")
+    parts.model.save_pretrained(directory / "model")
+    parts.tokenizer.save_pretrained(directory / "model")
+    state.seconds = earlier + time.perf_counter() - started
+    summary = summarize_run(config, state, after)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    parts.reporter.line(draw_curves(log.read(), directory / "curves.png"))
+    parts.reporter.line(summary_line(summary))
+    return summary
+
+
+def train_step(
+    config: TrainConfig, parts: Parts, state: State, step: int, reference: PreTrainedModel | None
+) -> dict[str, Any]:
+    """One GRPO step; returns its metrics."""
+    torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
+    clock = Clock()
+    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.retriever.seconds
+    questions = questions_of_step(parts.dataset.train, config.questions_per_step, config.seed, step)
+
+    with clock("rollout"), parts.reporter.task("  rollouts", len(questions) * config.group_size) as advance:
+        rollouts = parts.engine.rollout(
+            questions,
+            parts.environment,
+            config.sampling.build(derive_seed(config.seed, "rollout", step)),
+            group_size=config.group_size,
+            progress=advance,
+        )
+    assign_rewards(rollouts, config.rewards, parts.tokenizer)
+    batch = RolloutBatch.pack(rollouts, parts.model.device)
+    with clock("credit"):
+        credit = seeded(config.credit, derive_seed(config.seed, "credit", step))(batch, parts.scorer)
+    with clock("update"):
+        updated = policy_update(
+            parts.model,
+            parts.optimizer,
+            batch,
+            credit.advantages,
+            config.loss,
+            learning_rate=config.optimizer.rate(step),
+            temperature=config.sampling.temperature,
+            reference=reference,
+        )
+
+    tokens = {
+        "tokens_rollout": parts.engine.tokens_forwarded - forwarded_before,
+        "tokens_credit": credit.metrics.get("tokens_forwarded", 0.0),
+        "tokens_update": updated["tokens_forwarded"],
+    }
+    state.tokens_forwarded += int(sum(tokens.values()))
+    state.seconds_steps += clock.total
+    state.seconds_credit += clock.seconds["credit"]
+    return {
+        "phase": "grpo",
+        "step": step + 1,
+        **outcome_metrics(rollouts),
+        **credit.metrics,
+        **updated,
+        "learning_rate": config.optimizer.rate(step),
+        **tokens,
+        "tokens_forwarded": sum(tokens.values()),
+        **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
+        "seconds_retrieval": parts.retriever.seconds - waited_before,
+        "seconds": clock.total,
+    }
+
+
+def warm_start(config: TrainConfig, parts: Parts, state: State, log: MetricsLog) -> None:
+    """Supervised steps on demonstrations of training questions; afterwards the optimizer starts afresh."""
+    settings = config.warm_start
+    questions = [q for q in parts.dataset.train if q.plan]
+    count = settings.steps * settings.batch
+    if count and not questions:
+        raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
+    chosen = questions_of_step(questions, count, derive_seed(config.seed, "warm start"), 0)
+    scripts = demonstrations(chosen, settings.mix, derive_seed(config.seed, "demonstrations"))
+    with parts.reporter.task("warm start", settings.steps) as advance:
+        for step in range(settings.steps):
+            start = time.perf_counter()
+            rollouts = play(
+                scripts[step * settings.batch : (step + 1) * settings.batch],
+                parts.environment,
+                parts.tokenizer,
+                prompt_style=config.environment.prompt,
+                max_context=parts.engine.max_context,
+            )
+            assign_rewards(rollouts, config.rewards, parts.tokenizer)
+            metrics = supervised_step(
+                parts.model,
+                parts.optimizer,
+                RolloutBatch.pack(rollouts, parts.model.device),
+                learning_rate=settings.learning_rate,
+                max_tokens=config.loss.max_tokens,
+            )
+            state.tokens_forwarded += int(metrics["tokens_forwarded"])
+            log.write(
+                {
+                    "phase": "warm_start",
+                    "step": step + 1,
+                    **outcome_metrics(rollouts),
+                    **metrics,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            advance(1, f"loss {metrics['loss']:.2f}")
+    parts.optimizer.restart()
+
+
+def evaluate(
+    config: TrainConfig, parts: Parts, state: State, log: MetricsLog, when: str
+) -> dict[str, dict[str, float]]:
+    """Greedy and sampled (temperature 1) rollouts of the held-out questions, summarised; the same draws each time."""
+    questions = getattr(parts.dataset, config.evaluation.split)[: config.evaluation.questions]
+    sampled = replace(config.sampling.build(derive_seed(config.seed, "evaluation")), temperature=1.0, top_p=1.0)
+    modes = {"greedy": (replace(sampled, greedy=True), 1)}
+    if config.evaluation.samples:
+        modes["sampled"] = (sampled, config.evaluation.samples)
+    start, forwarded = time.perf_counter(), parts.engine.tokens_forwarded
+    results = {}
+    with parts.reporter.task(
+        f"evaluation {when}", len(questions) * sum(group_size for _, group_size in modes.values())
+    ) as advance:
+        for name, (sampling, group_size) in modes.items():
+            results[name] = summarize(
+                parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=advance)
+            )
+            advance(0, f"{name} EM {100 * results[name]['em']:.1f}")
+    tokens = parts.engine.tokens_forwarded - forwarded
+    state.tokens_forwarded += tokens
+    named = {f"{mode}_{name}": value for mode, result in results.items() for name, value in result.items()}
+    log.write(
+        {
+            "phase": "evaluation",
+            "when": when,
+            "step": state.step,
+            **named,
+            "tokens_forwarded": tokens,
+            "seconds": time.perf_counter() - start,
+        }
+    )
+    return results
+
+
+def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The fields of `summary.json`; a value that was not measured is None."""
+    ends = {"before": state.before or {}, "after": after}
+    summary: dict[str, Any] = {}
+    for name, mode, key in (
+        ("em", "greedy", "em"),
+        ("em_sampled", "sampled", "em"),
+        ("f1", "greedy", "f1"),
+        ("hit", "greedy", "hit"),
+        ("finished", "greedy", "finished"),
+    ):
+        for end, results in ends.items():
+            summary[f"{name}_{end}"] = results.get(mode, {}).get(key)
+    return {
+        **summary,
+        "seconds": round(state.seconds, 1),
+        "steps": state.step,
+        "tokens_forwarded": state.tokens_forwarded,
+        "ig_seconds_share": round(state.seconds_credit / state.seconds_steps, 4) if state.seconds_steps else 0.0,
+        "seed": config.seed,
+    }
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ..."."""
+
+    def change(name: str, show: str) -> str:
+        ends = [summary[f"{name}_before"], summary[f"{name}_after"]]
+        return " -> ".join("-" if value is None else show.format(100 * value, value) for value in ends)
+
+    hits = change("hit", "{1:.2f}").replace("0.", ".")
+    return (
+        f"held-out EM {change('em', '{0:.1f}')} (sampled {change('em_sampled', '{0:.1f}')}), "
+        f"gold passages {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
+    )
+
+
+def questions_of_step(questions: Sequence[Question], count: int, seed: int, step: int) -> list[Question]:
+    """The `count` questions of one step: consecutive ones of a shuffled order that is new in every epoch."""
+    chosen: list[Question] = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, at = divmod(position, len(questions))
+        if not chosen or at == 0:
+            order = random.Random(f"{seed}/questions/{epoch}").sample(range(len(questions)), len(questions))
+        chosen.append(questions[order[at]])
+    return chosen
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """An independent seed for one purpose: a function of the arguments alone, in [0, 2**31)."""
+    return random.Random("/".join(map(str, (seed, *purpose)))).getrandbits(31)

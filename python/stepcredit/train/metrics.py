@@ -1,0 +1,131 @@
+"""What a run logs: names and meanings, outcome metrics of rollouts, timing, and the metrics file."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+from stepcredit.evaluate import summarize
+from stepcredit.rollout import Rollout
+
+#: Every name in `metrics.jsonl` and what it means; `<name>` stands for one of several. Credit methods document theirs.
+GLOSSARY: dict[str, str] = {
+    "phase": 'which part of the run the line belongs to: "warm_start", "evaluation" or "grpo"',
+    "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
+    "when": 'of an evaluation: "before" or "after" the GRPO steps',
+    "greedy_<name>, sampled_<name>": "of an evaluation: <name>, below, over greedy or sampled rollouts",
+    "rollouts": "rollouts the means of this line are over",
+    "reward": "mean total reward",
+    "reward_<part>": "mean of one part of the reward, before its weight",
+    "reward_std": "mean over groups of the standard deviation of the total reward within a group",
+    "zero_variance_groups": "groups whose rollouts all have the same reward: no outcome signal",
+    "groups": "groups of rollouts of one question",
+    "em": "share of rollouts whose answer matches a gold answer exactly (0 without an answer)",
+    "f1": "mean token F1 of the answer against the best gold answer",
+    "hit": "mean share of a question's supporting passages that were shown",
+    "any_hit": "share of rollouts that were shown at least one supporting passage",
+    "em_<kind>, f1_<kind>, hit_<kind>": "the same over questions of one kind",
+    "without_supporting": "rollouts without known supporting passages, left out of hit and any_hit",
+    "finished": "share of rollouts that closed their answer",
+    "finish_<reason>": "rollouts that ended answered, unclosed (no closed answer) or at the end of the context",
+    "searches": "executed searches per rollout",
+    "count_<name>": "events over all rollouts: invalid_turns, empty_queries, empty_answers, forged_tags (environment "
+    "tags typed by the policy), failed_retrievals, empty_results, excess_searches, forced_answers",
+    "policy_tokens": "tokens the policy wrote, per rollout",
+    "length": "tokens per rollout, prompt and environment included",
+    "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",
+    "loss": "policy loss (GRPO) or negative log-likelihood per policy token (warm start), nats",
+    "kl": "estimated KL to the reference policy, nats per token; 0 where none is kept",
+    "clip_fraction": "share of policy tokens whose gradient the clipped surrogate removed",
+    "grad_norm": "global norm of the gradient before clipping",
+    "logprob_gap": "mean absolute difference of a token's log-prob in training and in sampling, nats",
+    "skipped_zero_advantage": "rollouts not run in the update because none of their tokens has an advantage",
+    "optimizer_steps": "optimizer steps of this update; 0 when no token had an advantage",
+    "learning_rate": "of this step",
+    "tokens_forwarded": "real (not padding) tokens run forward through the model",
+    "seconds": "wall-clock seconds of this line's step",
+    "seconds_rollout": "of which sampling rollouts, retrieval included",
+    "seconds_retrieval": "of which waiting for the retriever",
+    "seconds_credit": "of which computing credit: for ig_search the counterfactual scoring",
+    "seconds_update": "of which forward, backward and optimizer",
+}
+
+
+class Clock:
+    """Adds up wall-clock seconds by name: `with clock("update"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
+
+
+class MetricsLog:
+    """Appends one JSON object per line to a file, flushed line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, metrics: Mapping[str, float | str]) -> None:
+        """Append a line. What is not a finite number (nothing was measured) becomes null."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict[str, float | str]]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def drop_after(self, step: int) -> None:
+        """Drop what was logged after GRPO step `step`: a resumed run logs those steps again."""
+        late = [m for m in self.read() if m["phase"] == "grpo" and int(m["step"]) > step]
+        kept = [m for m in self.read() if m not in late and m.get("when") != "after"]
+        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+
+
+def outcome_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Rewards, answer quality, searches and counts of one step's rollouts, by the names of `GLOSSARY`."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.group].append(rollout.reward)
+    parts = [name for name in rollouts[0].rewards if name != "total"]
+    policy = [sum(s.stop - s.start for s in r.spans if s.by_policy) for r in rollouts]
+    sampled = [lp for r in rollouts for lp in r.logprobs if lp == lp]
+    return {
+        "reward": fmean(r.reward for r in rollouts),
+        "reward_std": fmean(_std(group) for group in groups.values()),
+        **{f"reward_{name}": fmean(r.rewards[name] for r in rollouts) for name in parts},
+        "groups": float(len(groups)),
+        "zero_variance_groups": float(sum(min(group) == max(group) for group in groups.values())),
+        **summarize(rollouts),
+        "policy_tokens": fmean(policy),
+        "length": fmean(len(r.tokens) for r in rollouts),
+        "entropy": -fmean(sampled),
+    }
+
+
+def _std(values: Sequence[float]) -> float:
+    mean = fmean(values)
+    return fmean((v - mean) ** 2 for v in values) ** 0.5
+
+
+def documented(name: str, known: Mapping[str, str] = GLOSSARY) -> bool:
+    """Whether a logged name is in the glossary, directly or by a pattern such as "finish_<reason>"."""
+    patterns = [part.strip() for key in known for part in key.split(",")]
+    stems = [pattern.partition("<")[0] for pattern in patterns if "<" in pattern]
+    return name in patterns or any(name.startswith(stem) for stem in stems)

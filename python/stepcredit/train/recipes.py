@@ -1,0 +1,79 @@
+"""Recipes: named configurations to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stepcredit.credit import IGSearch
+from stepcredit.train.config import (
+    EnvironmentConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+    WarmStartConfig,
+    nearest,
+)
+from stepcredit.train.rewards import RewardWeights
+
+
+def quickstart() -> TrainConfig:
+    """SmolLM2-135M learns to search the atlas (countries and cities, one and two hops): minutes on two CPU cores."""
+    return TrainConfig(
+        recipe="quickstart",
+        steps=10,
+        questions_per_step=6,
+        group_size=8,
+        environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40),
+        sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
+        credit=IGSearch(center="batch"),
+        optimizer=OptimizerConfig(learning_rate=2e-5),
+        warm_start=WarmStartConfig(steps=15, batch=12, learning_rate=1e-4),
+        evaluation=EvaluationConfig(questions=80),
+    )
+
+
+def smollm2() -> TrainConfig:
+    """The same policy on real multi-hop questions and Wikipedia passages; needs data.questions and data.corpus."""
+    return TrainConfig(
+        recipe="smollm2",
+        steps=10,
+        questions_per_step=4,
+        group_size=8,
+        environment=EnvironmentConfig(top_k=1, max_searches=3, passage_words=40),
+        sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
+        rewards=RewardWeights(f1=0.4, gold_hit=0.4, format=0.2),
+        credit=IGSearch(center="batch"),
+        optimizer=OptimizerConfig(learning_rate=2e-5),
+        warm_start=WarmStartConfig(steps=15, batch=8, learning_rate=1e-4),
+        evaluation=EvaluationConfig(questions=80),
+    )
+
+
+def tiny() -> TrainConfig:
+    """A random small Llama on the atlas: seconds, no claim; for tests and for people who change code."""
+    return TrainConfig(
+        recipe="tiny",
+        steps=2,
+        questions_per_step=2,
+        group_size=4,
+        model=ModelConfig(name="tiny", dtype="float32", device="cpu"),
+        environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40),
+        sampling=SamplingConfig(max_turn_tokens=16, max_answer_tokens=8),
+        rewards=RewardWeights(f1=1.0, gold_hit=0.5, format=0.2),
+        credit=IGSearch(center="batch"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        warm_start=WarmStartConfig(steps=30, batch=8, learning_rate=1e-2),
+        evaluation=EvaluationConfig(questions=8),
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (quickstart, smollm2, tiny)}
+
+
+def get_recipe(name: str) -> TrainConfig:
+    """The configuration of a recipe; ValueError with the nearest name when there is none."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}, known: {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,66 @@
+"""Outcome rewards: named parts of a rollout's reward, and their weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from transformers import PreTrainedTokenizerBase
+
+from stepcredit.evaluate import exact_match, f1, gold_hit, normalize_answer
+from stepcredit.rollout import Rollout, SpanKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardWeights:
+    """How much each part of the outcome reward counts; the total is the weighted sum of the parts.
+
+    Attributes:
+        f1: weight of the token F1 of the answer (AutoRefine's reward).
+        em: weight of the exact match of the answer (Search-R1's reward).
+        format: weight of having finished with a closed answer.
+        gold_hit: weight of the share of the question's supporting passages that were shown.
+        refine: weight of naming a gold answer inside the refine blocks when the answer's F1 is 0 (AutoRefine: 0.1).
+    """
+
+    f1: float = 1.0
+    em: float = 0.0
+    format: float = 0.0
+    gold_hit: float = 0.0
+    refine: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not math.isfinite(getattr(self, field.name)):
+                raise ValueError(f"rewards.{field.name} must be finite, got {getattr(self, field.name)}")
+
+
+def assign_rewards(rollouts: Sequence[Rollout], weights: RewardWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fill `rollout.rewards` with every part, weighted or not, and with "total".
+
+    Parts lie in [0, 1]:
+        f1, em: of the answer against the best gold answer; 0 without an answer.
+        format: 1 for a rollout that closed its answer.
+        gold_hit: share of the supporting passages shown, answer or not; 0 where no supporting passage is known.
+        refine: 1 if there is an answer, its F1 is 0, and a normalised gold answer is part of the normalised text of
+            the refine blocks; without an answer 0, whatever they hold. Sources: Search-R1 and AutoRefine, whose
+            totals are `em=1` and `f1=1, refine=0.1`.
+    """
+    for rollout in rollouts:
+        answers = rollout.question.answers
+        quality = f1(rollout.answer, answers)
+        rollout.rewards = {
+            "f1": quality,
+            "em": exact_match(rollout.answer, answers),
+            "format": float(rollout.finish == "answered"),
+            "gold_hit": gold_hit(rollout) or 0.0,
+            "refine": float(rollout.answer is not None and quality == 0 and _refined(rollout, tokenizer)),
+        }
+        rollout.rewards["total"] = sum(getattr(weights, name) * part for name, part in rollout.rewards.items())
+
+
+def _refined(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> bool:
+    blocks = [s for s in rollout.spans if s.kind is SpanKind.REFINE]
+    text = normalize_answer(" ".join(str(tokenizer.decode(rollout.tokens[s.start : s.stop])) for s in blocks))
+    return any(gold and gold in text for gold in map(normalize_answer, rollout.question.answers))

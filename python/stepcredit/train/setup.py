@@ -1,0 +1,146 @@
+"""Builds what a run consists of from its configuration."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stepcredit.assets import resolve_model
+from stepcredit.counterfactual import PolicyScorer
+from stepcredit.credit import CreditMethod
+from stepcredit.data import Dataset
+from stepcredit.environments.search import SearchEnvironment
+from stepcredit.protocol import get_protocol
+from stepcredit.retrieval import Hits, Retriever
+from stepcredit.train.config import DataConfig, TrainConfig
+from stepcredit.train.engine import HFEngine
+from stepcredit.train.optimizer import MasterAdamW
+from stepcredit.train.policy import load_policy, resolve_device, resolve_dtype
+from stepcredit.train.progress import Reporter
+
+
+class TimedRetriever:
+    """A retriever that adds up how long callers waited for it."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever = retriever
+        self.seconds = 0.0
+
+    def search(self, queries: Sequence[str], k: int) -> Hits:
+        start = time.perf_counter()
+        try:
+            return self.retriever.search(queries, k)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a run: built once, used by every phase."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    retriever: TimedRetriever
+    environment: SearchEnvironment
+    engine: HFEngine
+    optimizer: MasterAdamW
+    scorer: PolicyScorer
+    reporter: Reporter
+
+
+def build(config: TrainConfig, reporter: Reporter) -> Parts:
+    """Load data, model and tokenizer, index the corpus, and put the parts together.
+
+    Raises:
+        ValueError, OSError, ImportError: something the user named is wrong or not there; the message says what.
+    """
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    dataset = load_data(config.data)
+    for split in ("train", config.evaluation.split):
+        if not getattr(dataset, split):
+            raise ValueError(f"data.questions={config.data.questions!r} has no {split} questions")
+    protocol = get_protocol(config.environment.protocol)
+    model, tokenizer = load_policy(
+        config.model.name, device=device, dtype=dtype, texts=_texts(dataset), seed=config.seed
+    )
+    retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
+    environment = SearchEnvironment(
+        retriever,
+        protocol,
+        top_k=config.environment.top_k,
+        max_searches=config.environment.max_searches,
+        passage_words=config.environment.passage_words,
+        force_answer=config.environment.force_answer,
+        max_invalid=config.environment.max_invalid,
+    )
+    engine = HFEngine(
+        model,
+        tokenizer,
+        protocol,
+        prompt_style=config.environment.prompt,
+        max_batch=config.sampling.max_batch,
+    )
+    return Parts(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        retriever=retriever,
+        environment=environment,
+        engine=engine,
+        optimizer=MasterAdamW(model, **config.optimizer.adamw()),
+        scorer=PolicyScorer(model, tokenizer, protocol),
+        reporter=reporter,
+    )
+
+
+def load_data(config: DataConfig) -> Dataset:
+    """The data set of a configuration."""
+    if config.questions == "atlas":
+        from stepcredit.data.atlas import build_atlas
+
+        return build_atlas(config.seed)
+    from stepcredit.data.jsonl import load_jsonl
+
+    return load_jsonl(config.questions, config.corpus, datasets=config.datasets)
+
+
+def build_retriever(
+    config: DataConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype, reporter: Reporter
+) -> Retriever:
+    """The retriever of a configuration over the data set's passages."""
+    if config.retriever == "bm25":
+        from stepcredit.retrieval.bm25 import BM25Retriever
+
+        return BM25Retriever(dataset.passages)
+    from stepcredit.retrieval.dense import DenseRetriever
+    from stepcredit.retrieval.encoder import CONVENTIONS, Encoder
+
+    source = resolve_model(config.encoder)
+    encoder = Encoder(
+        AutoModel.from_pretrained(source, dtype=dtype).to(device),
+        AutoTokenizer.from_pretrained(source),
+        **CONVENTIONS[config.convention],
+    )
+    with reporter.task("encoding passages", len(dataset.passages)) as advance:
+        return DenseRetriever(dataset.passages, encoder, progress=advance)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that is never trained: the reference policy of the KL term."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def seeded(method: CreditMethod, seed: int) -> CreditMethod:
+    """The credit method with its random draws, where it has any, made from `seed`."""
+    return replace(method, seed=seed) if any(f.name == "seed" for f in fields(method)) else method
+
+
+def _texts(dataset: Dataset) -> list[str]:
+    return [f"Question: {q.text}\n" for q in dataset.train] + [f"{p.title}: {p.text}" for p in dataset.passages]

@@ -1,0 +1,94 @@
+"""The warm start: scripted demonstrations, played through the real environment, and supervised steps on them.
+
+Demonstrations are rollouts like any other: the scripted policy's turns and the environment's replies go through the
+same `SearchEnvironment` and `Transcript` as sampled ones, so that spans, tokens and limits are the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from stepcredit.data.demonstrations import Demonstration
+from stepcredit.environments.search import SearchEnvironment
+from stepcredit.protocol import PromptStyle, Turn
+from stepcredit.rollout import Rollout
+from stepcredit.train.engine import Transcript
+
+
+def play(
+    demonstrations: Sequence[Demonstration],
+    environment: SearchEnvironment,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_style: PromptStyle = "plain",
+    max_context: int = sys.maxsize,
+) -> list[Rollout]:
+    """Play scripted policies to their end, all of them side by side, with one retriever call per turn.
+
+    A demonstration searches for its queries in turn and then answers; when the environment forces the answer
+    earlier, the remaining queries are left out. Scripted tokens have the log-prob 0.
+
+    Args:
+        demonstrations: what each scripted policy searches for and answers.
+        environment: answers the turns.
+        tokenizer: of the model that will learn from them.
+        prompt_style: see `Protocol.prompt`.
+        max_context: tokens the model can attend to; a reply that does not fit ends the rollout as "context".
+
+    Returns:
+        One rollout per demonstration, in order, each its own group.
+    """
+    protocol = environment.protocol
+    scripts = [
+        _Script(d, Transcript(d.question, protocol.prompt(d.question, tokenizer, prompt_style), tokenizer, protocol))
+        for d in demonstrations
+    ]
+    running = list(scripts)
+    while running:
+        turns = [script.play_turn() for script in running]
+        responses = environment.respond(
+            turns,
+            [len(s.transcript.searches) for s in running],
+            [s.faults for s in running],
+            [s.forced for s in running],
+        )
+        for script, turn, response in zip(running, turns, responses, strict=True):
+            room = max_context - len(script.transcript.tokens)
+            fits = script.transcript.add_response(response, room) is not None
+            script.forced = response.forced_answer
+            script.faults += response.fault
+            if response.done:
+                answered = turn.action == "answer"
+                script.end = ("answered", turn.content) if answered else ("unclosed", None)
+            elif not fits:
+                script.end = ("context", None)
+        running = [s for s in running if s.end is None]
+    return [s.transcript.finish(*s.end, group) for group, s in enumerate(scripts) if s.end is not None]
+
+
+@dataclass(slots=True)
+class _Script:
+    """A scripted policy under way; `end` is (finish, answer) once it is over."""
+
+    demonstration: Demonstration
+    transcript: Transcript
+    searched: int = 0
+    faults: int = 0
+    forced: bool = False
+    end: tuple[str, str | None] | None = None
+
+    def play_turn(self) -> Turn:
+        queries, answer = self.demonstration.queries, self.demonstration.answer
+        if self.forced:
+            text = f" {answer} </answer>"
+        elif self.searched == len(queries):
+            text = f"<answer> {answer} </answer>"
+        else:
+            text = f"<search> {queries[self.searched]} </search>"
+            self.searched += 1
+        ids = self.transcript.tokenizer.encode(text, add_special_tokens=False)
+        return self.transcript.add_policy(ids, [0.0] * len(ids), self.forced)
