@@ -19,7 +19,7 @@ module = sys.modules["stepcredit.ops.topk_search"]
 def small_tiles(monkeypatch):
     """Tiles of a few queries and passages, so that small inputs cross every border."""
     monkeypatch.setattr(module, "TILE_QUERIES", 5)
-    monkeypatch.setattr(module, "TILE_PASSAGES", 7)
+    monkeypatch.setattr(module, "TILE_SCORES", 35)
 
 
 def integers(queries, passages, width, seed=0, low=-4, high=5):
@@ -85,7 +85,7 @@ def test_ragged_sizes_equal_the_reference_with_ties(data):
     seed, spread = data.draw(st.integers(0, 99)), data.draw(st.integers(1, 9))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TILE_QUERIES", data.draw(st.integers(1, 80)))
-        patch.setattr(module, "TILE_PASSAGES", data.draw(st.integers(1, 100)))
+        patch.setattr(module, "TILE_SCORES", data.draw(st.integers(1, 3000)))
         exact(*integers(queries, passages, width, seed, low=-spread), k, "cpu")
 
 

@@ -10,9 +10,10 @@ from stepcredit.ops import _checks as check
 OP = "topk_search"
 MAX_K = 1024
 
-#: Largest tile of scores on the CPU (4 MiB): small enough to be read back from the cache it was written to.
+#: Largest tile of scores on the CPU: 8 MiB are still read back from the cache they were written to, and few queries
+#: get many passages, so that threads seldom wait for each other.
 TILE_QUERIES = 512
-TILE_PASSAGES = 2048
+TILE_SCORES = 1 << 21
 
 dispatch.register(OP, "reference", dispatch.always)(reference.topk_search)
 
@@ -28,9 +29,10 @@ def _cpu(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Te
     for start in range(0, shape[0], TILE_QUERIES):
         block = queries[start : start + TILE_QUERIES].T
         count = block.shape[1]
-        tile = torch.empty(min(passages, TILE_PASSAGES), count, dtype=torch.float32)
-        for first in range(0, passages, TILE_PASSAGES):
-            stripe = vectors[first : first + TILE_PASSAGES]
+        rows = max(1, TILE_SCORES // count)
+        tile = torch.empty(min(passages, rows), count, dtype=torch.float32)
+        for first in range(0, passages, rows):
+            stripe = vectors[first : first + rows]
             # Passages x queries: the BLAS is faster on this shape than on its transpose when queries are few.
             torch.mm(stripe, block, out=tile[: stripe.shape[0]])
             _C.topk_search_cpu(

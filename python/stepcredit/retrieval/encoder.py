@@ -88,7 +88,7 @@ class Encoder:
         positions = getattr(model.config, "max_position_embeddings", None)
         if max_length < 1 or (positions is not None and max_length > positions):
             raise ValueError(f"max_length is {max_length}; it must be at least 1 and at most the model's {positions}")
-        embeddings = model.get_input_embeddings().weight.shape[0]
+        embeddings = int(model.config.vocab_size)
         if len(tokenizer) > embeddings:
             raise ValueError(f"tokenizer has {len(tokenizer)} tokens, but model has embeddings for {embeddings}")
         self.model = model.eval()
