@@ -1,0 +1,229 @@
+"""Where the search steps of a rollout lie, in tokens, and the contexts that fork from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Literal
+
+from stepcredit.packing import TokenTree
+from stepcredit.rollout import Rollout, Span, SpanKind
+from stepcredit.scorer import PolicyScorer
+
+TrunkMode = Literal["rollout", "skeleton"]
+
+#: Why a step can be unscored; `StepGains.counts` counts each as "unscored_<reason>".
+REASONS = ("no_documents", "short_documents", "empty_pool", "no_answer", "too_long")
+
+#: Passages of fewer characters than this, tags aside, are no evidence (IG-Search's released code).
+MIN_CHARACTERS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A point on a trunk: after `at` of its tokens, then `tail`. The tail completes a tag whose last token in the
+    rollout runs on into other text (tokenisers merge `>` with what follows), or one that was never closed."""
+
+    at: int
+    tail: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return self.at + len(self.tail)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One search step on a trunk.
+
+    Attributes:
+        documents: trunk tokens before its passages.
+        end: where it ends: after its refinement if it has one, else after its passages.
+        previous: where the step before it ended; the end of the prompt for the first.
+        passages: what is swapped: the tokens of its passages and refinement.
+        fault: why it cannot be scored nor lend its passages, None when it can.
+    """
+
+    documents: int
+    end: Place
+    previous: Place
+    passages: tuple[int, ...]
+    fault: str | None = None
+
+
+@dataclass(slots=True)
+class Trunk:
+    """The tokens from which a rollout's contexts fork, and its steps by number."""
+
+    tokens: list[int]
+    steps: dict[int, Step] = field(default_factory=dict)
+
+
+def read_trunk(rollout: Rollout, policy: PolicyScorer, mode: TrunkMode) -> Trunk:
+    """The trunk of a rollout.
+
+    Args:
+        rollout: its QUERY and DOCUMENTS spans carry their step; REFINE text after the passages of a step belongs to it.
+        policy: for its tokenizer and protocol.
+        mode: "rollout": the rollout's own tokens. "skeleton": as in IG-Search's released code, the prompt and all text
+            before the first search, then query, passages and refinement of each step, what lies between them left out;
+            tags that share a token with dropped text are encoded anew, and a refinement is followed by a newline.
+
+    Returns:
+        The trunk, with a step for every step of the rollout that has a DOCUMENTS span.
+    """
+    trunk = Trunk(list(rollout.tokens) if mode == "rollout" else [])
+    previous = Place(rollout.prompt_length)
+    searches = {s.step: s for s in rollout.searches}
+    refined = False
+    for step in rollout.steps():
+        documents = rollout.find(SpanKind.DOCUMENTS, step)
+        if documents is None:
+            continue
+        search = searches.get(step)
+        fault = None
+        if search is not None and (search.failed or not search.passage_ids):
+            fault = "no_documents"
+        elif len(_inner_text(rollout, documents, policy)) < MIN_CHARACTERS:
+            fault = "short_documents"
+        refinement = _refinement(rollout, documents, policy)
+        if mode == "rollout":
+            at, end = documents.start, refinement[1] if refinement else Place(documents.stop)
+            passages = [*rollout.tokens[at : end.at], *end.tail]
+        else:
+            opening, closing = _query(rollout, step, policy)
+            if trunk.tokens:
+                separator = policy.encode("\n") if refined else []
+                trunk.tokens += [*separator, *opening.tail, *rollout.tokens[opening.at : closing.at], *closing.tail]
+            else:
+                trunk.tokens += [*rollout.tokens[: closing.at], *closing.tail]
+            passages = rollout.tokens[documents.start : documents.stop]
+            if refinement:
+                opening, closing = refinement
+                passages = [*passages, *opening.tail, *rollout.tokens[opening.at : closing.at], *closing.tail]
+            at = len(trunk.tokens)
+            trunk.tokens += passages
+            end = Place(len(trunk.tokens))
+        trunk.steps[step] = Step(at, end, previous, tuple(passages), fault)
+        previous, refined = end, refinement is not None
+    return trunk
+
+
+def _inner_text(rollout: Rollout, documents: Span, policy: PolicyScorer) -> str:
+    text = policy.decode(rollout.tokens[documents.start : documents.stop])
+    return re.sub(rf"<\s*/?\s*{re.escape(policy.protocol.documents_tag)}\s*>", "", text).strip()
+
+
+def _query(rollout: Rollout, step: int, policy: PolicyScorer) -> tuple[Place, Place]:
+    """Where the tags around a step's query open and close."""
+    at = next(i for i, s in enumerate(rollout.spans) if s.kind is SpanKind.QUERY and s.step == step)
+    return _block(rollout, at, at, "search", policy)
+
+
+def _refinement(rollout: Rollout, documents: Span, policy: PolicyScorer) -> tuple[Place, Place] | None:
+    """Where the refinement of these passages opens and closes, tags included; None when there is none."""
+    tag = policy.protocol.refine_tag
+    spans = rollout.spans
+    first = spans.index(documents) + 1
+    while first < len(spans) and spans[first].kind in (SpanKind.THINK, SpanKind.TAG, SpanKind.NOTICE):
+        first += 1
+    if tag is None or first == len(spans) or spans[first].kind is not SpanKind.REFINE:
+        return None
+    last = first
+    while last + 2 < len(spans) and spans[last + 1].kind is SpanKind.TAG and spans[last + 2].kind is SpanKind.REFINE:
+        last += 2  # a tag of another kind inside the refinement
+    return _block(rollout, first, last, tag, policy)
+
+
+def _block(rollout: Rollout, first: int, last: int, tag: str, policy: PolicyScorer) -> tuple[Place, Place]:
+    """Edges of the tags around spans `first` to `last`. A TAG span may hold other tags too, and a token of it may be
+    shared with them: then the tag's own part of that token is encoded anew. A missing tag is added."""
+    spans, tokens = rollout.spans, rollout.tokens
+    start, stop = spans[first].start, spans[last].stop
+
+    low = spans[first - 1].start if spans[first - 1].kind is SpanKind.TAG else start
+    text, ends = _offsets(tokens[low : start + 1], policy)
+    openers = list(re.finditer(rf"<\s*{re.escape(tag)}\s*>", text))
+    opening = Place(start, tuple(policy.encode(f"<{tag}>")))
+    if openers:
+        edge = openers[-1].start()
+        whole = next(i for i, end in enumerate(ends) if end >= edge)
+        opening = Place(low + whole, tuple(policy.encode(text[edge : ends[whole]])))
+
+    low = max(start, stop - 2)  # the closing tag may begin inside the last token of the text
+    tagged = last + 1 < len(spans) and spans[last + 1].kind is SpanKind.TAG
+    text, ends = _offsets(tokens[low : spans[last + 1].stop if tagged else stop], policy)
+    closer = re.search(rf"<\s*/\s*{re.escape(tag)}\s*>", text)
+    closing = Place(stop, tuple(policy.encode(f"</{tag}>")))
+    if closer:
+        whole = max(i for i, end in enumerate(ends) if end <= closer.end())
+        closing = Place(low + whole, tuple(policy.encode(text[ends[whole] : closer.end()])))
+    return opening, closing
+
+
+def _offsets(ids: Sequence[int], policy: PolicyScorer) -> tuple[str, list[int]]:
+    """The text of `ids`, and how much of it the first 0, 1, 2, ... of them carry."""
+    text = policy.decode(ids)
+    ends = []
+    for i in range(len(ids)):
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(policy.decode(ids[:i]), text, strict=False))
+        ends.append(sum(1 for _ in same))
+    return text, [*ends, len(text)]
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A context that leaves the trunk after `at` of its tokens and goes on with `tokens`, up to the answer."""
+
+    at: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """The contexts of one step, and the gold answers scored in each."""
+
+    real: Fork
+    others: tuple[Fork, ...]
+    answers: list[list[int]]
+
+
+def plan_step(
+    site: Step | None,
+    others: Sequence[tuple[int, ...]],
+    answers: list[list[int]],
+    probe: Sequence[int],
+    baseline: str,
+    limit: int | None,
+) -> Branches | str:
+    """The contexts of a step, or why it is unscored."""
+    if site is None:
+        return "no_documents"
+    if site.fault is not None:
+        return site.fault
+    if not answers:
+        return "no_answer"
+    real = Fork(site.end.at, (*site.end.tail, *probe))
+    forks = tuple(Fork(site.documents, (*passages, *probe)) for passages in others)
+    if baseline == "empty":
+        forks = (Fork(site.documents, tuple(probe)),)
+    elif baseline == "previous":
+        forks = (Fork(site.previous.at, (*site.previous.tail, *probe)),)
+    if not forks:
+        return "empty_pool"
+    longest = max(fork.at + len(fork.tokens) for fork in (real, *forks)) + max(map(len, answers))
+    return "too_long" if limit is not None and longest > limit else Branches(real, forks, answers)
+
+
+def attach(tree: TokenTree, root: int, fork: Fork, answers: list[list[int]]) -> list[int]:
+    """Add a context to the tree and read every answer after it; a read per answer. The last token of an answer is only
+    ever predicted, so it is not run."""
+    first, *rest = answers
+    leaf = tree.add((*fork.tokens, *first[:-1]), root, fork.at)
+    at = len(fork.tokens)
+    reads = [tree.read(leaf, at, first)]
+    for answer in rest:
+        reads.append(tree.read(tree.add(answer[:-1], leaf, at), 0, answer))
+    return reads

@@ -1,0 +1,287 @@
+"""Counterfactual scoring: what each search step's passages did for the gold answer, all branches in one packed pass.
+
+Per rollout one tree. Its trunk is the rollout; at each scored step fork a *real* leaf (the answer probe and the gold
+answer where the step ends) and *counterfactual* leaves (other passages, or none, then the same). Every leaf sees what a
+separate forward pass over its context would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from stepcredit.contexts import REASONS, Branches, TrunkMode, attach, plan_step, read_trunk
+from stepcredit.draws import Pool, StepId, draw_passages
+from stepcredit.ops import _checks as check
+from stepcredit.ops import information_gain
+from stepcredit.packing import TokenTree
+from stepcredit.reference import InformationGain
+from stepcredit.rollout import RolloutBatch
+from stepcredit.scorer import PolicyScorer
+
+OP = "score_steps"
+
+Baseline = Literal["random", "empty", "previous"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepGains:
+    """Information gain of the S search steps of a batch. Scores are nats per (weighted) answer token.
+
+    Attributes:
+        rollout: int64 [S], the rollout of each step.
+        step: int64 [S], its number inside the rollout.
+        gain: float32 [S], real minus baseline; NaN where unscored.
+        real: float32 [S], score of the best gold answer under the step's own passages; NaN where unscored.
+        baseline: float32 [S], mean of that answer's counterfactual scores; NaN where unscored.
+        scored: bool [S].
+        counterfactual: float32 [S, N], that answer's counterfactual scores; NaN where there is none.
+        draws: for each step, the (rollout, step) whose passages stood in; empty unless baseline="random".
+        counts: "steps", "scored", "pool_size" (steps whose passages can be drawn), "pool_fallback", "pool_repeated",
+            and why steps are unscored: "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool",
+            "unscored_no_answer" (no gold answer has a token), "unscored_too_long".
+        tokens_forwarded: tokens run through the model: "trunk", "real" leaves, "counterfactual" leaves.
+        seconds: wall time of the scoring.
+        logprobs: float32 [T] when asked for: log-probs of the policy's tokens, 0 where the environment wrote.
+    """
+
+    rollout: torch.Tensor
+    step: torch.Tensor
+    gain: torch.Tensor
+    real: torch.Tensor
+    baseline: torch.Tensor
+    scored: torch.Tensor
+    counterfactual: torch.Tensor
+    draws: tuple[tuple[StepId, ...], ...]
+    counts: dict[str, int]
+    tokens_forwarded: dict[str, int]
+    seconds: float
+    logprobs: torch.Tensor | None = None
+
+
+def score_steps(
+    batch: RolloutBatch,
+    policy: PolicyScorer,
+    *,
+    num_random: int = 3,
+    trunk: TrunkMode = "rollout",
+    baseline: Baseline = "random",
+    pool: Pool = "other_questions",
+    head_tokens: int = 0,
+    head_weight: float = 1.0,
+    max_variants: int = 1,
+    answer_probe: str | None = None,
+    seed: int = 0,
+    step: int = 0,
+    max_tokens: int = 16384,
+    max_context: int | None = None,
+    draws: Sequence[Sequence[StepId]] | None = None,
+    temperature: float | None = None,
+) -> StepGains:
+    """Information gain of every search step of a batch about the gold answer of its question.
+
+    For step t, with the context up to t's query fixed::
+
+        gain = score(gold | real passages) - mean over counterfactuals of score(gold | other passages)
+
+    where the passages and the policy's refinement of them are swapped together. Deterministic given `seed` and `step`.
+
+    Args:
+        batch: packed rollouts; the gold answers are those of their questions.
+        policy: the policy that made them.
+        num_random: counterfactuals per step (IG-Search: 3); `baseline="random"` only.
+        trunk: "rollout": contexts are the rollout as generated. "skeleton": reasoning between steps is left out, as in
+            IG-Search's released code (`contexts.read_trunk`).
+        baseline: "random": passages of other steps. "empty": none. "previous": the context where the step before ended,
+            for the first step the prompt (IGPO).
+        pool: "other_questions" (IG-Search's text) or "batch" (its released code).
+        head_tokens, head_weight: weights of the first answer tokens, see `information_gain`.
+        max_variants: gold answers scored per step; the best real score wins.
+        answer_probe: what precedes the gold answer; None: the protocol's.
+        seed, step: of the run, and the training step; they seed the draws.
+        max_tokens: tokens per forward pass.
+        max_context: a step whose longest context, answer included, has more tokens (or more than the model has
+            positions) is unscored: all contexts of a step are scored whole or not at all (ours; the released code cuts
+            each on its left).
+        draws: replay these instead of drawing, one sequence per step of the batch, as in `StepGains.draws`.
+        temperature: also return the log-probs of all policy tokens, at this temperature, from the same pass;
+            `trunk="rollout"` only.
+
+    Returns:
+        StepGains.
+
+    Raises:
+        ValueError: an option is out of range, or `draws` does not fit the batch.
+        FloatingPointError: the policy's hidden states are not finite; names the question.
+
+    Source: IG-Search (arXiv 2604.15148), equation 2, and its released `ig_reward.py`.
+    """
+    started = time.perf_counter()
+    rollouts = batch.rollouts
+    steps: list[StepId] = list(zip(batch.step_rollout.tolist(), batch.step_index.tolist(), strict=True))
+    _check(steps, num_random, trunk, baseline, pool, max_variants, max_context, draws, temperature)
+
+    trunks = [read_trunk(rollout, policy, trunk) for rollout in rollouts]
+    found = {(b, t): site for b, one in enumerate(trunks) for t, site in one.steps.items()}
+    counts: Counter[str] = Counter({"steps": len(steps), **{f"unscored_{reason}": 0 for reason in REASONS}})
+    drawn: dict[StepId, tuple[StepId, ...]] = {}
+    if baseline == "random":
+        usable = {key: site.passages for key, site in found.items() if site.fault is None}
+        counts["pool_size"] = len(usable)
+        if draws is None:
+            drawn, pool_counts = draw_passages(rollouts, usable, num_random=num_random, pool=pool, seed=seed, step=step)
+            counts.update(pool_counts)
+        else:
+            drawn = {key: tuple(given) for key, given in zip(steps, draws, strict=True)}
+            if unknown := sorted({other for given in drawn.values() for other in given} - set(found)):
+                raise ValueError(f"draws names {unknown[0]}, which is no search step with passages of this batch")
+
+    limits = [limit for limit in (max_context, policy.max_context) if limit is not None]
+    probe = policy.encode(policy.protocol.answer_probe if answer_probe is None else answer_probe)
+    branches: dict[StepId, Branches] = {}
+    for key in steps:
+        answers = [ids for text in rollouts[key[0]].question.answers if (ids := policy.encode(text))][:max_variants]
+        others = [found[other].passages for other in drawn.get(key, ())]
+        planned = plan_step(found.get(key), others, answers, probe, baseline, min(limits, default=None))
+        if isinstance(planned, str):
+            counts[f"unscored_{planned}"] += 1
+        else:
+            branches[key] = planned
+    counts["scored"] = len(branches)
+
+    trees, reads, forwarded = [], {}, Counter(trunk=0, real=0, counterfactual=0)
+    for b, rollout in enumerate(rollouts):
+        tree = TokenTree(f"rollout {b} of question {rollout.question.id!r}")
+        trees.append(tree)
+        mine = {t: branches[b, t] for t in trunks[b].steps if (b, t) in branches}
+        needed = max((fork.at for one in mine.values() for fork in (one.real, *one.others)), default=0)
+        if temperature is not None:
+            needed = max(needed, len(rollout.tokens) - 1)
+        root = tree.add(trunks[b].tokens[:needed])
+        if temperature is not None:
+            for span in rollout.spans:
+                if span.by_policy:
+                    tree.read(root, span.start, rollout.tokens[span.start : span.stop], temperature)
+        for t, one in mine.items():
+            reads[b, t] = [attach(tree, root, one.real, one.answers)]
+        with_real = tree.num_tokens
+        for t, one in mine.items():
+            reads[b, t] += [attach(tree, root, fork, one.answers) for fork in one.others]
+        forwarded.update(trunk=needed, real=with_real - needed, counterfactual=tree.num_tokens - with_real)
+
+    logprobs = policy.logprobs(trees, max_tokens=max_tokens).to(batch.tokens.device)
+    gain, counterfactual = _gains(steps, trees, reads, logprobs, head_tokens, head_weight)
+    return StepGains(
+        rollout=batch.step_rollout,
+        step=batch.step_index,
+        gain=gain.gain,
+        real=gain.real,
+        baseline=gain.baseline,
+        scored=gain.scored,
+        counterfactual=counterfactual,
+        draws=tuple(drawn.get(key, ()) if key in branches else () for key in steps),
+        counts=dict(counts),
+        tokens_forwarded=dict(forwarded),
+        seconds=time.perf_counter() - started,
+        logprobs=None if temperature is None else _policy_logprobs(batch, trees, logprobs),
+    )
+
+
+def _check(
+    steps: Sequence[StepId],
+    num_random: int,
+    trunk: str,
+    baseline: str,
+    pool: str,
+    max_variants: int,
+    max_context: int | None,
+    draws: Sequence[Sequence[StepId]] | None,
+    temperature: float | None,
+) -> None:
+    for name, value, allowed in (
+        ("trunk", trunk, get_args(TrunkMode)),
+        ("baseline", baseline, get_args(Baseline)),
+        ("pool", pool, get_args(Pool)),
+    ):
+        check.choice(OP, name, value, allowed)
+    for name, number in (("num_random", num_random), ("max_variants", max_variants), ("max_context", max_context)):
+        check.require(number is None or number >= 1, f"{OP}: {name} must be at least 1, got {number!r}")
+    if draws is not None:
+        check.require(baseline == "random", f"{OP}: draws needs baseline='random', got {baseline!r}")
+        check.require(len(draws) == len(steps), f"{OP}: draws has {len(draws)} entries for {len(steps)} steps")
+    check.require(
+        temperature is None or trunk == "rollout",
+        f"{OP}: temperature (log-probs of the policy's tokens) needs trunk='rollout', got {trunk!r}",
+    )
+
+
+def _read_offsets(trees: Sequence[TokenTree]) -> list[list[int]]:
+    """Where each read of each tree starts and ends in the output of the scorer."""
+    offsets, at = [], 0
+    for tree in trees:
+        mine = [at]
+        for read in tree.reads:
+            at += len(read.targets)
+            mine.append(at)
+        offsets.append(mine)
+    return offsets
+
+
+def _gains(
+    steps: Sequence[StepId],
+    trees: Sequence[TokenTree],
+    reads: dict[StepId, list[list[int]]],
+    logprobs: torch.Tensor,
+    head_tokens: int,
+    head_weight: float,
+) -> tuple[InformationGain, torch.Tensor]:
+    """`information_gain` of every step, and its best answer's counterfactual scores [S, N]."""
+    offsets = _read_offsets(trees)
+    places: list[np.ndarray] = [np.zeros(0, np.int64)]
+    cu_branches, cu_variants, cu_steps = [0], [0], [0]
+    for key in steps:
+        contexts = reads.get(key, [])
+        for variant in zip(*contexts, strict=True):  # the real context's read first
+            for read in variant:
+                start, stop = offsets[key[0]][read : read + 2]
+                places.append(np.arange(start, stop))
+                cu_branches.append(cu_branches[-1] + stop - start)
+            cu_variants.append(len(cu_branches) - 1)
+        cu_steps.append(len(cu_variants) - 1)
+
+    def put(values: Sequence[int] | np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, np.int64), device=logprobs.device)
+
+    gain = information_gain(
+        logprobs[put(np.concatenate(places))],
+        put(cu_branches),
+        put(cu_variants),
+        put(cu_steps),
+        head_tokens=head_tokens,
+        head_weight=head_weight,
+    )
+    width = max((len(contexts) - 1 for contexts in reads.values()), default=0)
+    table = np.full((len(steps), width), np.nan, np.float32)
+    scores = gain.scores.cpu().numpy()
+    for s, best in enumerate(gain.best_variant.tolist()):
+        if best >= 0:
+            first, last = cu_variants[cu_steps[s] + best], cu_variants[cu_steps[s] + best + 1]
+            table[s, : last - first - 1] = scores[first + 1 : last]
+    return gain, torch.from_numpy(table).to(logprobs.device)
+
+
+def _policy_logprobs(batch: RolloutBatch, trees: Sequence[TokenTree], logprobs: torch.Tensor) -> torch.Tensor:
+    """[T]: the reads of policy spans come first in every tree, in the order of the spans."""
+    out = torch.zeros(batch.tokens.shape, device=logprobs.device)
+    for b, offsets in enumerate(_read_offsets(trees)):
+        start = int(batch.cu_seqlens[b])
+        spans = [span for span in batch.rollouts[b].spans if span.by_policy]
+        for read, span in enumerate(spans):
+            out[start + span.start : start + span.stop] = logprobs[offsets[read] : offsets[read + 1]]
+    return out

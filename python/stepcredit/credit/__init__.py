@@ -1,0 +1,30 @@
+"""Credit methods: a batch of rollouts in, per-token credit out. One file per method, found by name in `METHODS`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from stepcredit.credit.base import Credit, CreditMethod
+from stepcredit.credit.ig_search import IGSearch
+from stepcredit.credit.search_r1 import SearchR1
+
+#: Each makes a method with its default constants.
+METHODS: dict[str, Callable[[], CreditMethod]] = {
+    "search_r1": SearchR1,
+    "ig_search": IGSearch,
+    "ig_search_paper": IGSearch.paper,
+    "ig_search_code": IGSearch.code,
+}
+
+
+def get_method(name: str) -> CreditMethod:
+    """The method of this name with its defaults; ValueError with the nearest name when there is none."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown credit method {name!r}, known: {', '.join(METHODS)}{hint}")
+    return METHODS[name]()
+
+
+__all__ = ["METHODS", "Credit", "CreditMethod", "IGSearch", "SearchR1", "get_method"]

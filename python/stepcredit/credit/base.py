@@ -1,0 +1,61 @@
+"""What every credit method takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from stepcredit.rollout import RolloutBatch
+from stepcredit.scorer import PolicyScorer
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Per-token credit of a batch.
+
+    Attributes:
+        advantages: float32 [T], exactly 0 on tokens of the environment.
+        losses: auxiliary losses by name, scalars, differentiable; the trainer adds them to its own.
+        metrics: numbers to log by name; each method documents its own.
+    """
+
+    advantages: torch.Tensor
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class CreditMethod(Protocol):
+    """A credit method: a frozen dataclass of its constants that is called with a batch."""
+
+    def __call__(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0) -> Credit:
+        """Credit of a batch.
+
+        Args:
+            batch: packed rollouts with rewards.
+            policy: scores token trees under the policy that made the rollouts.
+            step: of training; seeds what the method draws.
+        """
+        ...
+
+
+def outcome_metrics(batch: RolloutBatch, outcome: torch.Tensor) -> dict[str, float]:
+    """Metrics of the outcome advantages [T].
+
+    * `advantage/zero_variance_groups`: share of groups whose rewards are all equal (groups of one included).
+    * `advantage/outcome_abs_mean`: mean absolute outcome advantage of policy tokens.
+    """
+    rewards: dict[int, set[float]] = {}
+    for group, reward in zip(batch.groups.tolist(), batch.rewards.tolist(), strict=True):
+        rewards.setdefault(group, set()).add(reward)
+    equal = sum(len(distinct) == 1 for distinct in rewards.values())
+    return {
+        "advantage/zero_variance_groups": equal / len(rewards),
+        "advantage/outcome_abs_mean": mean(outcome[batch.policy_mask].abs()),
+    }
+
+
+def mean(values: torch.Tensor) -> float:
+    """The mean, 0 of nothing."""
+    return float(values.mean()) if values.numel() else 0.0

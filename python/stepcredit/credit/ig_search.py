@@ -1,0 +1,160 @@
+"""`ig_search`: outcome advantage, plus each search's information gain on the tokens of its query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from stepcredit.contexts import TrunkMode
+from stepcredit.counterfactual import Baseline, StepGains, score_steps
+from stepcredit.credit.base import Credit, mean, outcome_metrics
+from stepcredit.draws import Pool
+from stepcredit.ops import masked_advantages
+from stepcredit.rollout import RolloutBatch
+from stepcredit.scorer import PolicyScorer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IGSearch:
+    """IG-Search (arXiv 2604.15148): a search is worth what its passages do for the gold answer's log-prob, against
+    passages of other questions.
+
+    Metrics, beside those of `SearchR1` (those marked * only when a step was scored):
+
+    * `ig/gain_mean`*, `ig/gain_std`*: of the scored steps' raw gains, nats per answer token.
+    * `ig/positive_share`*: share of the scored steps whose raw gain is above 0.
+    * `ig/real_mean`*, `ig/baseline_mean`*: mean score of the gold answer under real and counterfactual passages.
+    * `ig/steps`, `ig/scored`: search steps, and those scored; `ig/unscored_*`: those not, by why (`StepGains`).
+    * `ig/pool_size`, `ig/pool_fallback`, `ig/pool_repeated`: steps whose passages could be drawn; steps that drew from
+      the whole batch, or with replacement, because the pool was too small (baseline="random").
+    * `ig/tokens_trunk`, `ig/tokens_real`, `ig/tokens_counterfactual`: tokens run through the model, and their sum
+      `tokens_forwarded`; `ig/seconds`: the time it took.
+    * `advantage/bonus_abs_mean`: mean absolute bonus of the query tokens of scored steps.
+
+    Attributes:
+        alpha: weight of the gain (paper: 0.3). 0 gives exactly the advantages of `SearchR1`.
+        num_random: counterfactuals per step (paper: 3).
+        dead_zone: gains smaller in magnitude count as 0, nats (named in the paper, the value is ours).
+        negative_scale: factor on negative gains (named in the paper, the value is ours).
+        soft_clip: bound of the gains through tanh, nats (named in the paper; form and value are ours).
+        center: "batch" subtracts the mean gain of the batch's scored steps first, so that searching more does not pay
+            by itself (ours); "none" does not (paper).
+        trunk: contexts are the rollout as generated ("rollout", paper), or leave out reasoning between steps
+            ("skeleton", released code).
+        baseline: passages of other steps ("random", paper), none ("empty", the paper's ablation), or the context of the
+            step before ("previous", IGPO).
+        pool: draw from "other_questions" (paper) or the whole "batch" (released code).
+        head_tokens: the first this many answer tokens weigh head_weight (paper: none; released code: 3).
+        head_weight: their weight (released code: 3.0).
+        max_variants: gold answers scored per step, the best counts (released code: 1).
+        answer_probe: what precedes the gold answer when scored; none is the protocol's (released code: "\\n<answer> ").
+        seed: of the draws, with the training step.
+        max_tokens: tokens per forward pass (ours).
+        max_context: steps with a longer context are unscored; none is the model's limit (ours; the released code cuts
+            contexts to 4096 on their left).
+        eps: added to a group's standard deviation (Search-R1: 1e-6).
+        ddof: degrees of freedom subtracted in the variance (Search-R1: 1).
+        scale: "std" divides by the standard deviation (Search-R1); "none" only centres (Dr. GRPO).
+        singleton: advantage of a group of one: its "reward" (Search-R1), or "zero".
+    """
+
+    alpha: float = 0.3
+    num_random: int = 3
+    dead_zone: float = 0.1
+    negative_scale: float = 0.5
+    soft_clip: float = 3.0
+    center: Literal["none", "batch"] = "none"
+    trunk: TrunkMode = "rollout"
+    baseline: Baseline = "random"
+    pool: Pool = "other_questions"
+    head_tokens: int = 0
+    head_weight: float = 1.0
+    max_variants: int = 1
+    answer_probe: str | None = None
+    seed: int = 0
+    max_tokens: int = 16384
+    max_context: int | None = None
+    eps: float = 1e-6
+    ddof: int = 1
+    scale: Literal["std", "none"] = "std"
+    singleton: Literal["zero", "reward"] = "reward"
+
+    @classmethod
+    def paper(cls) -> IGSearch:
+        """As the paper describes it; constants it leaves open keep our values."""
+        return cls()
+
+    @classmethod
+    def code(cls) -> IGSearch:
+        """As the released `ig_reward.py` computes it: whole-batch pool, weighted answer heads, no reasoning between
+        steps. It holds nothing of the advantages; those are the paper's."""
+        return cls(
+            trunk="skeleton", pool="batch", head_tokens=3, head_weight=3.0, answer_probe="\n<answer> ", max_context=4096
+        )
+
+    def __call__(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0) -> Credit:
+        gains = score_steps(
+            batch,
+            policy,
+            num_random=self.num_random,
+            trunk=self.trunk,
+            baseline=self.baseline,
+            pool=self.pool,
+            head_tokens=self.head_tokens,
+            head_weight=self.head_weight,
+            max_variants=self.max_variants,
+            answer_probe=self.answer_probe,
+            seed=self.seed,
+            step=step,
+            max_tokens=self.max_tokens,
+            max_context=self.max_context,
+        )
+        outcome = self._advantages(batch, None)
+        advantages = self._advantages(batch, gains)
+        scored_query = torch.isin(batch.step_ids, gains.scored.nonzero().squeeze(1))
+        metrics = {
+            **outcome_metrics(batch, outcome),
+            "advantage/bonus_abs_mean": mean((advantages - outcome)[scored_query].abs()),
+            **gain_metrics(gains),
+        }
+        return Credit(advantages, metrics=metrics)
+
+    def _advantages(self, batch: RolloutBatch, gains: StepGains | None) -> torch.Tensor:
+        step_gains = None
+        if gains is not None:
+            step_gains = gains.gain - gains.gain.nanmean() if self.center == "batch" else gains.gain
+        return masked_advantages(
+            batch.rewards,
+            batch.groups,
+            batch.cu_seqlens,
+            batch.policy_mask,
+            None if gains is None else batch.step_ids,
+            step_gains,
+            alpha=self.alpha,
+            eps=self.eps,
+            ddof=self.ddof,
+            scale=self.scale,
+            singleton=self.singleton,
+            dead_zone=self.dead_zone,
+            negative_scale=self.negative_scale,
+            soft_clip=self.soft_clip,
+        )
+
+
+def gain_metrics(gains: StepGains) -> dict[str, float]:
+    """The metrics of `IGSearch` that come from the gains."""
+    metrics = {f"ig/{name}": float(count) for name, count in gains.counts.items()}
+    metrics |= {f"ig/tokens_{name}": float(count) for name, count in gains.tokens_forwarded.items()}
+    metrics |= {"tokens_forwarded": float(sum(gains.tokens_forwarded.values())), "ig/seconds": gains.seconds}
+    if bool(gains.scored.any()):
+        gain = gains.gain[gains.scored]
+        metrics |= {
+            "ig/gain_mean": mean(gain),
+            "ig/gain_std": float(gain.std(correction=0)),
+            "ig/positive_share": mean((gain > 0).float()),
+            "ig/real_mean": mean(gains.real[gains.scored]),
+            "ig/baseline_mean": mean(gains.baseline[gains.scored]),
+        }
+    return metrics

@@ -1,0 +1,82 @@
+"""Which passages stand in for a step's own: seeded draws that do not depend on the order of the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+
+from stepcredit.rollout import Rollout
+
+Pool = Literal["other_questions", "batch"]
+
+#: A search step of a batch: (index of the rollout, number of the step in it).
+StepId = tuple[int, int]
+
+
+def draw_passages(
+    rollouts: Sequence[Rollout],
+    passages: Mapping[StepId, tuple[int, ...]],
+    *,
+    num_random: int,
+    pool: Pool,
+    seed: int,
+    step: int,
+) -> tuple[dict[StepId, tuple[StepId, ...]], Counter[str]]:
+    """For every step in `passages`, the steps whose passages are put in place of its own.
+
+    Steps with exactly the same passages are never drawn. Draws are without replacement; from a pool smaller than
+    `num_random` they are with replacement, and a step for which `pool="other_questions"` holds nothing draws from the
+    whole batch. Each draw is a hash of (seed, step, question id, rank of the rollout among those of its question by
+    token ids, search, draw), so that neither the order of the batch nor other draws change it.
+
+    Args:
+        rollouts: of the batch.
+        passages: tokens of the passages by step; all of them together are the pool.
+        num_random: draws per step.
+        pool: "other_questions" leaves out passages of the same question, "batch" does not.
+        seed: of the run.
+        step: of training, so that every step draws afresh.
+
+    Returns:
+        (draws by step, fewer than `num_random` only when empty; counts "pool_fallback": steps that drew from the whole
+        batch, "pool_repeated": steps that drew with replacement).
+    """
+    rank: dict[int, int] = {}
+    of_question: dict[str, list[int]] = {}
+    for b in sorted(range(len(rollouts)), key=lambda b: rollouts[b].tokens):
+        members = of_question.setdefault(rollouts[b].question.id, [])
+        rank[b] = len(members)
+        members.append(b)
+    keys = {s: (rollouts[s[0]].question.id, rank[s[0]], s[1]) for s in passages}
+    order = sorted(passages, key=keys.__getitem__)
+    numbers: dict[object, int] = {}
+    content = np.array([numbers.setdefault(passages[s], len(numbers)) for s in order], np.int64)
+    question = np.array([numbers.setdefault(keys[s][0], len(numbers)) for s in order], np.int64)
+
+    counts: Counter[str] = Counter(pool_fallback=0, pool_repeated=0)
+    draws: dict[StepId, tuple[StepId, ...]] = {}
+    for i, own in enumerate(order):
+        differs = content != content[i]
+        candidates = np.flatnonzero(differs & (question != question[i]) if pool == "other_questions" else differs)
+        if not len(candidates) and differs.any():
+            candidates = np.flatnonzero(differs)
+            counts["pool_fallback"] += 1
+        repeat = len(candidates) < num_random
+        counts["pool_repeated"] += repeat and len(candidates) > 0
+        remaining = candidates.tolist()
+        drawn = []
+        for j in range(num_random if remaining else 0):
+            at = _hash(seed, step, *keys[own], j) % len(remaining)
+            drawn.append(order[remaining[at]])
+            if not repeat:
+                del remaining[at]
+        draws[own] = tuple(drawn)
+    return draws, counts
+
+
+def _hash(*key: object) -> int:
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,207 @@
+"""`PolicyScorer`: log-probs under a Hugging Face causal language model, one forward pass per bin of token trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import AttentionMaskInterface
+
+from stepcredit.ops import gather_logprobs, tree_attention
+from stepcredit.ops.tree_attention import TreeLayout
+from stepcredit.packing import Bin, TokenTree, pack
+from stepcredit.protocol import Protocol, get_protocol
+
+#: Name under which the tree attention is registered with transformers.
+ATTENTION = "stepcredit_tree"
+
+_SERVED_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+def _finite(what: str, values: torch.Tensor, item: Bin, trees: Sequence[TokenTree]) -> None:
+    bad = ~values.isfinite().reshape(values.shape[0], -1).all(-1)
+    if bool(bad.any()):
+        tree = trees[int(item.row_trees[int(bad.nonzero()[0])])]
+        raise FloatingPointError(f"the policy's {what} are not finite for {tree.name}")
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Travels through a forward pass as the keyword `tree`; counts the layers that used it."""
+
+    layout: TreeLayout
+    layers: int = 0
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    tree: _Pass | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """The transformers attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D], rotary embedding
+    applied; returns [1, T, Hq, D]."""
+    name = type(module).__name__
+    if tree is None:
+        raise ValueError(f"{name}: the attention {ATTENTION!r} needs model(..., tree=...); it serves PolicyScorer only")
+    if attention_mask is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
+        raise ValueError(f"{name}: tree attention has no attention mask, sinks or position bias")
+    tree.layers += 1
+    # Under autocast the rotary embedding may leave query and key wider than value.
+    query, key, value = (x[0].transpose(0, 1) for x in (query.to(value.dtype), key.to(value.dtype), value))
+    out = tree_attention(query, key, value, tree.layout, scale=scaling, softcap=softcap, window=sliding_window)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda **_: None)
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why token trees cannot be scored exactly with this model; None when they can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) | set(getattr(config, "layers_block_type", None) or [])
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention does not go through the transformers attention interface"
+    if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", False):
+        return "it is not a causal decoder"
+    if unknown := sorted(map(str, kinds - _SERVED_LAYERS)):
+        return f"it has layers of type {', '.join(unknown)}; served are full and sliding-window attention"
+    if sinks := [name for name, _ in model.named_parameters() if "sink" in name.rpartition(".")[2]]:
+        return f"it has attention sinks ({sinks[0]})"
+    if model.get_output_embeddings() is None or model.base_model is model:
+        return "it has no language-model head on a base model"
+    return None
+
+
+def head_options(model: PreTrainedModel) -> dict[str, float]:
+    """What a model does to its logits, as arguments of `gather_logprobs`: soft cap (Gemma-2), scale (Cohere,
+    Granite)."""
+    config = model.config.get_text_config()
+    options = {}
+    if softcap := getattr(config, "final_logit_softcapping", None):
+        options["softcap"] = float(softcap)
+    if scale := getattr(config, "logit_scale", None):
+        options["logit_scale"] = float(scale)
+    elif divisor := getattr(config, "logits_scaling", None):
+        options["logit_scale"] = 1.0 / float(divisor)
+    return options
+
+
+class PolicyScorer:
+    """Scores token trees with a policy, and leaves the policy as it found it.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: the model's.
+        protocol: tag grammar in which the policy's rollouts are written, or its name.
+
+    Attributes:
+        tokens_forwarded: tokens run through the model so far.
+
+    Raises:
+        ValueError: token trees cannot be scored exactly with this model; the message says why.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol | str) -> None:
+        if (reason := why_not(model)) is not None:
+            raise ValueError(f"{type(model).__name__} cannot be scored with token trees: {reason}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.tokens_forwarded = 0
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions the model has; None when its configuration does not say."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text of its own: nothing added, and nothing in it read as a special token."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included, spaces as they are."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @torch.no_grad()
+    def logprobs(self, trees: Sequence[TokenTree], *, max_tokens: int = 16384) -> torch.Tensor:
+        """Log-probs of everything the trees ask to read: one forward pass per bin, the head on those rows only.
+
+        Args:
+            trees: at least one; results do not depend on their order beyond the order of the output.
+            max_tokens: tokens of a bin; a larger tree gets a bin of its own.
+
+        Returns:
+            float32 [M] on the model's device, nats: tree after tree, read after read, target after target.
+
+        Raises:
+            ValueError: a token id is not in the model's vocabulary.
+            FloatingPointError: the policy gives hidden states or log-probs that are not finite; names the tree.
+            RuntimeError: some of the model's layers did not use tree attention.
+        """
+        head = self.model.get_output_embeddings()
+        device = head.weight.device
+        bins = pack(trees, max_tokens)
+        out = torch.zeros(sum(b.places.numel() for b in bins), device=device)
+        vocabulary = head.weight.shape[0]
+        options = head_options(self.model)
+        with self._prepared():
+            for item in bins:
+                highest = max(int(item.tokens.max()), int(item.targets.max()))
+                if highest >= vocabulary:
+                    raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
+                hidden = self._forward(item.tokens.to(device), item.layout.to(device))[item.rows.to(device)]
+                _finite("hidden states", hidden, item, trees)
+                for temperature in item.temperatures.unique().tolist():
+                    at = (item.temperatures == temperature).nonzero().squeeze(1)
+                    out[item.places[at].to(device)] = gather_logprobs(
+                        hidden[at.to(device)],
+                        head.weight,
+                        item.targets[at].to(device),
+                        bias=getattr(head, "bias", None),
+                        temperature=temperature,
+                        **options,
+                    ).float()
+                _finite("log-probs", out[item.places.to(device)], item, trees)
+        return out
+
+    def _forward(self, tokens: torch.Tensor, layout: TreeLayout) -> torch.Tensor:
+        carrier = _Pass(layout)
+        hidden: torch.Tensor = self.model.base_model(
+            input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, tree=carrier
+        ).last_hidden_state[0]
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if carrier.layers != layers:
+            raise RuntimeError(
+                f"{type(self.model).__name__}: {carrier.layers} of {layers} layers used tree attention; its scores"
+                " would be wrong"
+            )
+        self.tokens_forwarded += tokens.numel()
+        return hidden
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Evaluation mode and tree attention; afterwards what was there before, module by module."""
+        training = [module for module in self.model.modules() if module.training]
+        before = self.model.config._attn_implementation
+        self.model.eval()
+        self.model.set_attn_implementation(ATTENTION)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+            for module in training:
+                module.training = True
