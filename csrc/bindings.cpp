@@ -79,6 +79,11 @@ void topk_search(Pointer tile, int64_t rows, int64_t num_queries, int64_t first_
                                                            at<float>(scores), at<int64_t>(ids), threads});
 }
 
+void bf16_product(Pointer left, Pointer right, Pointer out, int64_t rows, int64_t cols, int64_t depth, int threads) {
+  stepcredit::bf16_product_cpu(stepcredit::Bf16ProductParams{at<const uint16_t>(left), at<const uint16_t>(right),
+                                                             at<float>(out), rows, cols, depth, threads});
+}
+
 template <typename Float>
 void gather_logprobs_fold(Pointer logits, Pointer bias, int64_t rows, int64_t cols, int64_t first_col, double scale,
                           double softcap, double temperature, Pointer targets, Pointer maximum, Pointer sum,
@@ -142,6 +147,9 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  m.attr("has_bf16_product") = stepcredit::bf16_product_available();
+  m.def("bf16_product_cpu", &bf16_product, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("left"),
+        arg("right"), arg("out"), arg("rows"), arg("cols"), arg("depth"), arg("threads"));
   bind_float<float>(m, "_f32");
   bind_float<double>(m, "_f64");
   m.def("topk_search_cpu", &topk_search, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("tile"),

@@ -60,6 +60,15 @@ struct TopkSearchParams {
   int threads;
 };
 
+// out = left @ right^T in float32, everything contiguous; depth is even.
+struct Bf16ProductParams {
+  const uint16_t* left;   // [rows, depth] bfloat16
+  const uint16_t* right;  // [cols, depth] bfloat16
+  float* out;             // [rows, cols]
+  int64_t rows, cols, depth;
+  int threads;
+};
+
 // A tile of matrix products hidden @ weight.T, contiguous, overwritten by what is computed from it.
 template <typename Float>
 struct LogitTile {

@@ -13,6 +13,9 @@ void information_gain_cpu(const InformationGainParams<double>& p);
 
 void topk_search_cpu(const TopkSearchParams& p);
 
+bool bf16_product_available();  // does this processor have the instruction
+void bf16_product_cpu(const Bf16ProductParams& p);
+
 void gather_logprobs_fold_cpu(const GatherLogprobsFoldParams<float>& p);
 void gather_logprobs_fold_cpu(const GatherLogprobsFoldParams<double>& p);
 void gather_logprobs_grad_cpu(const GatherLogprobsGradParams<float>& p);

@@ -1,5 +1,6 @@
 # Stub of the C++ extension (csrc/bindings.cpp), checked by stubtest. Arguments are addresses from Tensor.data_ptr().
 has_cuda: bool
+has_bf16_product: bool
 
 def masked_advantages_f32(
     *,
@@ -97,3 +98,14 @@ def gather_logprobs_grad_cpu_f32(
 ) -> None: ...
 
 gather_logprobs_grad_cpu_f64 = gather_logprobs_grad_cpu_f32
+
+def bf16_product_cpu(
+    *,
+    left: int,
+    right: int,
+    out: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    threads: int,
+) -> None: ...
