@@ -74,28 +74,24 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None
         log-prob is not finite where the logits of its row define no distribution.
     """
     scaled = logits.float()
-    if sampling.temperature != 1:
-        scaled = scaled / sampling.temperature
-    normaliser = torch.logsumexp(scaled, -1)
+    probs = torch.softmax(scaled if sampling.temperature == 1 else scaled / sampling.temperature, -1)
     if uniforms is None:
         tokens = scaled.argmax(-1)
+    elif sampling.top_p < 1:
+        ranked, order = torch.sort(probs, stable=True, dim=-1, descending=True)
+        # Keep every token that starts below the threshold: always at least the first.
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0)
+        tokens = order.gather(-1, _invert(ranked, uniforms)[:, None])[:, 0]
     else:
-        probs = torch.exp(scaled - normaliser[:, None])
-        if sampling.top_p < 1:
-            ranked, order = torch.sort(probs, stable=True, dim=-1, descending=True)
-            # Keep every token that starts below the threshold: always at least the first.
-            ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0)
-            tokens = order.gather(-1, _invert(ranked, uniforms)[:, None])[:, 0]
-        else:
-            tokens = _invert(probs, uniforms)
-    return tokens, scaled.gather(-1, tokens[:, None])[:, 0] - normaliser
+        tokens = _invert(probs, uniforms)
+    return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
 def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first index at which the running sum of the row exceeds uniform * total."""
     running = probs.cumsum(-1)
-    wanted = uniforms.to(running)[:, None] * running[:, -1:]
-    index = torch.searchsorted(running, wanted, right=True)[:, 0]
-    # Rounding can push the wanted mass to the total itself: then the last token that has any mass.
-    last = probs.shape[-1] - 1 - probs.flip(-1).ne(0).to(torch.uint8).argmax(-1)
-    return torch.minimum(index, last)
+    total = running[:, -1:]
+    # Rounding must not push the wanted mass to the total itself, beyond the last token that has any.
+    wanted = torch.minimum(uniforms.to(running)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Rows that hold NaN have no answer; the clamp keeps their index valid until the caller reports them.
+    return torch.searchsorted(running, wanted, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
