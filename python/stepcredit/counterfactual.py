@@ -271,7 +271,7 @@ def _gains(
     scores = gain.scores.cpu().numpy()
     for s, best in enumerate(gain.best_variant.tolist()):
         if best >= 0:
-            first, last = cu_variants[cu_steps[s] + best], cu_variants[cu_steps[s] + best + 1]
+            first, last = cu_variants[best], cu_variants[best + 1]
             table[s, : last - first - 1] = scores[first + 1 : last]
     return gain, torch.from_numpy(table).to(logprobs.device)
 

@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scripted_rollouts import REFINE, SEARCH_R1, random_policy, write
+from stepcredit.counterfactual import score_steps
+from stepcredit.packing import TokenTree, pack
+from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.scorer import PolicyScorer
+from tokenizers_under_test import BUILT
+
+TOKENIZER = BUILT["byte_bpe"]()
+QUESTIONS = [
+    Question("a", "Which river flows through Lyon?", ("Rhône", "the Rhône")),
+    Question("b", "What is the capital of France?", ("Paris",)),
+    Question("c", "Who is mayor?", ("e",)),
+]
+
+
+def rollouts(tokenizer=TOKENIZER, protocol=REFINE):
+    refined = protocol is REFINE
+    return [
+        write(tokenizer, QUESTIONS[0], [
+            ("river in Lyon", "Lyon lies on the Rhône and the Saône.", "Rhône." if refined else None),
+            ("Rhône", "The Rhône is a river.", None),
+        ], protocol=protocol),
+        write(tokenizer, QUESTIONS[0], [("Lyon", "Lyon is a city in France.", None)], protocol=protocol),
+        write(tokenizer, QUESTIONS[1], [
+            ("capital of France", "Paris is the capital of France.", "Paris is it" if refined else None),
+            ("Paris", "Paris lies on the Seine.", "the Seine" if refined else None),
+            ("more", "The Seine is a river in France, too.", None),
+        ], protocol=protocol, group=1),
+        write(tokenizer, QUESTIONS[2], [("mayor of Paris", "A mayor is elected.", None)], protocol=protocol, group=2),
+    ]  # fmt: skip
+
+
+def make(items=None, family="llama", protocol=REFINE, tokenizer=TOKENIZER, **changes):
+    items = rollouts(tokenizer, protocol) if items is None else items
+    for rollout in items:
+        rollout.rewards.setdefault("total", 0.0)
+    return RolloutBatch.pack(items), Recorder(random_policy(family, tokenizer, **changes), tokenizer, protocol)
+
+
+class Recorder(PolicyScorer):
+    """Keeps the trees it was asked to score."""
+
+    def logprobs(self, trees, *, max_tokens=16384):
+        self.trees = list(trees)
+        return super().logprobs(trees, max_tokens=max_tokens)
+
+
+def separate(policy, context, answer):
+    """Mean log-prob of the answer by a plain forward pass over a context of its own."""
+    ids = torch.tensor([[*context, *answer]])
+    with torch.no_grad():
+        logp = policy.model(ids).logits[0].float().log_softmax(-1)
+    at = torch.arange(len(context) - 1, ids.shape[1] - 1)
+    return float(logp[at, ids[0, len(context) :]].mean())
+
+
+def whole(tree: TokenTree, segment: int, count: int) -> list[int]:
+    """The first tokens of the path to a place, as a separate sequence holds them."""
+    if segment < 0:
+        return []
+    s = tree.segments[segment]
+    return [*whole(tree, s.parent, s.at), *s.tokens[:count]]
+
+
+def steps(batch):
+    return list(zip(batch.step_rollout.tolist(), batch.step_index.tolist(), strict=True))
+
+
+def contexts(policy):
+    """For every read of every tree, real ones first in each: (name, context tokens, answer tokens)."""
+    for tree in policy.trees:
+        for read in tree.reads:
+            segment, index = read.rows[0]
+            yield tree.name, whole(tree, segment, index + 1), list(read.targets)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("options", [{}, {"max_variants": 2, "num_random": 2}, {"trunk": "skeleton"}])
+def test_parity_with_separate_forwards(family, options):
+    batch, policy = make(family=family, tie_word_embeddings=family == "qwen2")
+    gains = score_steps(batch, policy, **options)
+    assert gains.scored.all()
+    assert float(gains.gain.abs().max()) > 0.1  # the policy does tell contexts apart
+    logprobs = PolicyScorer.logprobs(policy, policy.trees, max_tokens=300)
+    at = 0
+    for _, context, answer in contexts(policy):
+        mean = float(logprobs[at : at + len(answer)].mean())
+        assert mean == pytest.approx(separate(policy, context, answer), abs=1e-5)
+        at += len(answer)
+    assert at == logprobs.numel()
+
+
+@pytest.mark.parametrize("max_variants", [1, 2])
+def test_parity_with_contexts_built_here(max_variants):
+    """Without refinements the contexts are plain slices of the rollouts: rebuilt here from spans alone."""
+    batch, policy = make(protocol=SEARCH_R1)
+    gains = score_steps(batch, policy, max_variants=max_variants, head_tokens=1, head_weight=1.0)
+    probe = TOKENIZER.encode(SEARCH_R1.answer_probe)
+    for s, (b, t) in enumerate(steps(batch)):
+        rollout = batch.rollouts[b]
+        shown = rollout.find(SpanKind.DOCUMENTS, t)
+        best = None
+        for text in rollout.question.answers[:max_variants]:
+            answer = TOKENIZER.encode(text)
+            real = separate(policy, [*rollout.tokens[: shown.stop], *probe], answer)
+            others = []
+            for b2, t2 in gains.draws[s]:
+                span = batch.rollouts[b2].find(SpanKind.DOCUMENTS, t2)
+                swapped = [*rollout.tokens[: shown.start], *batch.rollouts[b2].tokens[span.start : span.stop]]
+                others.append(separate(policy, [*swapped, *probe], answer))
+            if best is None or real > best[0]:
+                best = real, others
+        assert float(gains.real[s]) == pytest.approx(best[0], abs=1e-5)
+        assert gains.counterfactual[s].tolist() == pytest.approx(best[1], abs=1e-5)
+        assert float(gains.gain[s]) == pytest.approx(best[0] - sum(best[1]) / len(best[1]), abs=1e-5)
+
+
+def _text(policy, ids):
+    return "".join(policy.decode(ids).split())
+
+
+@pytest.mark.parametrize("name", list(BUILT))
+@pytest.mark.parametrize("trunk", ["rollout", "skeleton"])
+def test_contexts_read_as_they_should(name, trunk):
+    """Text of the contexts, whitespace and case aside, for tokenizers that merge tags with their neighbours."""
+    tokenizer = BUILT[name]()
+    batch, policy = make(tokenizer=tokenizer)
+    gains = score_steps(batch, policy, num_random=1, trunk=trunk)
+    expected = []
+    then = "" if trunk == "skeleton" else "<think>then</think>"
+    docs = {
+        (b, t): f"<documents>City:{p}</documents>" for (b, t), p in {
+            (0, 0): "Lyon lies on the Rhône and the Saône.", (0, 1): "The Rhône is a river.",
+            (1, 0): "Lyon is a city in France.", (2, 0): "Paris is the capital of France.",
+            (2, 1): "Paris lies on the Seine.", (2, 2): "The Seine is a river in France, too.",
+            (3, 0): "A mayor is elected.",
+        }.items()
+    }  # fmt: skip
+    refined = {(0, 0): "Rhône.", (2, 0): "Paris is it", (2, 1): "the Seine"}
+    block = {k: d + (f"{then}<refine>{refined[k]}</refine>" if k in refined else "") for k, d in docs.items()}
+    queries = {(0, 0): "river in Lyon", (0, 1): "Rhône", (1, 0): "Lyon", (2, 0): "capital of France",
+               (2, 1): "Paris", (2, 2): "more", (3, 0): "mayor of Paris"}  # fmt: skip
+    keys = steps(batch)
+    drawn = dict(zip(keys, gains.draws, strict=True))
+    for b, rollout in enumerate(batch.rollouts):
+        before, real, other = f"Question: {rollout.question.text}<think>hm, first</think>", [], []
+        mine = [k for k in keys if k[0] == b]
+        for k in mine:
+            before += f"<search>{queries[k]}</search>"
+            real.append(f"{before}{block[k]}<answer>")
+            (draw,) = drawn[k]
+            other.append(f"{before}{block[draw]}<answer>")
+            before += block[k] + ("" if k in refined else then)
+        expected += real + other
+    got = [_text(policy, c) for _, c, _ in contexts(policy)]
+    assert [g.lower() for g in got] == ["".join(e.split()).lower() for e in expected]
+
+
+@pytest.mark.parametrize("baseline", ["empty", "previous"])
+def test_other_baselines(baseline):
+    batch, policy = make()
+    gains = score_steps(batch, policy, baseline=baseline)
+    assert gains.scored.all()
+    assert gains.counterfactual.shape == (batch.num_steps, 1)
+    assert gains.draws == ((),) * batch.num_steps
+    at = 0
+    for rollout, tree in zip(batch.rollouts, policy.trees, strict=True):
+        got = [_text(policy, whole(tree, r.rows[0][0], r.rows[0][1] + 1)) for r in tree.reads]
+        real, counterfactual = got[: len(got) // 2], got[len(got) // 2 :]
+        if baseline == "previous":
+            prompt = _text(policy, TOKENIZER.encode(f"Question: {rollout.question.text}"))
+            assert counterfactual == [f"{prompt}<answer>", *real[:-1]]
+            # each is the real leaf of the step before: stored once, and the same number
+            assert gains.baseline[at + 1 : at + len(real)].equal(gains.real[at : at + len(real) - 1])
+        else:
+            assert all(c.endswith("</search><answer>") for c in counterfactual)
+        at += len(real)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 700, 10**6])
+def test_results_do_not_depend_on_the_packing(max_tokens):
+    batch, policy = make()
+    whole_batch = score_steps(batch, policy, max_tokens=2000)
+    packed = score_steps(batch, policy, max_tokens=max_tokens)
+    torch.testing.assert_close(packed.gain, whole_batch.gain, atol=1e-5, rtol=0)
+    bins = pack(policy.trees, max_tokens)
+    assert all(b.tokens.numel() <= max_tokens or len(b.row_trees.unique()) == 1 for b in bins)
+    assert sum(b.tokens.numel() for b in bins) == sum(packed.tokens_forwarded.values())
+
+
+def test_draws_do_not_depend_on_the_order_of_the_batch():
+    batch, policy = make()
+    order = [2, 0, 3, 1]
+    shuffled, _ = make([batch.rollouts[i] for i in order])
+    a, b = score_steps(batch, policy, step=3), score_steps(shuffled, policy, step=3)
+    place = {old: new for new, old in enumerate(order)}
+    by_step = {key: s for s, key in enumerate(steps(shuffled))}
+    for s, (rollout, step) in enumerate(steps(batch)):
+        other = by_step[place[rollout], step]
+        assert [(place[r], t) for r, t in a.draws[s]] == list(b.draws[other])
+        assert float(a.gain[s]) == pytest.approx(float(b.gain[other]), abs=1e-5)
+
+
+def test_draws_differ_by_seed_and_step_and_repeat_otherwise():
+    batch, policy = make()
+    state = torch.get_rng_state()
+    draws = {(seed, step): score_steps(batch, policy, seed=seed, step=step).draws for seed in (0, 1) for step in (0, 1)}
+    assert len(set(draws.values())) == 4
+    assert score_steps(batch, policy, seed=1, step=1).draws == draws[1, 1]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("pool", ["other_questions", "batch"])
+def test_pool(pool):
+    batch, policy = make()
+    gains = score_steps(batch, policy, num_random=3, pool=pool)
+    same = 0
+    for s, drawn in enumerate(gains.draws):
+        own = int(batch.step_rollout[s]), int(batch.step_index[s])
+        assert len(set(drawn)) == 3
+        assert own not in drawn
+        same += sum(batch.rollouts[b].question.id == batch.rollouts[own[0]].question.id for b, _ in drawn)
+    assert (same == 0) == (pool == "other_questions")
+    assert gains.counts["pool_size"] == 7
+
+
+def test_pool_too_small():
+    batch, policy = make()
+    many = score_steps(batch, policy, num_random=5)  # question a has 4 candidates, b 4, c 6
+    assert many.counts["pool_repeated"] == 6
+    assert all(len(d) == 5 for d in many.draws)
+    alone, _ = make(rollouts()[:2])  # one question only
+    fallen = score_steps(alone, policy, num_random=1)
+    assert fallen.counts["pool_fallback"] == 3
+    assert fallen.scored.all()
+    one, _ = make(rollouts()[1:2])
+    nothing = score_steps(one, policy)
+    assert nothing.counts["unscored_empty_pool"] == 1
+    assert nothing.gain.isnan().all()
+    assert not nothing.scored.any()
+
+
+def test_passages_equal_to_the_own_are_never_drawn():
+    items = [
+        write(TOKENIZER, q, [("x", "Everyone finds the same passage.", None)], group=g) for g, q in enumerate(QUESTIONS)
+    ]
+    items.append(write(TOKENIZER, QUESTIONS[1], [("y", "But this one is different.", None)], group=1))
+    batch, policy = make(items)
+    gains = score_steps(batch, policy, num_random=2)
+    assert [set(d) for d in gains.draws[:3]] == [{(3, 0)}, {(3, 0)}, {(3, 0)}]
+    assert gains.counts["pool_fallback"] == 1  # question b: the different passage is its own question's
+
+
+def test_replaying_the_own_passages_gives_no_gain():
+    batch, policy = make()
+    own = [(key,) for key in steps(batch)]
+    gains = score_steps(batch, policy, draws=own)
+    assert gains.scored.all()
+    torch.testing.assert_close(gains.gain, torch.zeros_like(gains.gain), atol=2e-6, rtol=0)
+
+
+def test_replaying_draws_repeats_the_gains():
+    batch, policy = make()
+    first = score_steps(batch, policy, seed=5)
+    again = score_steps(batch, policy, seed=6, draws=first.draws)
+    assert torch.equal(first.gain, again.gain)
+    with pytest.raises(ValueError, match="7 steps"):
+        score_steps(batch, policy, draws=first.draws[:-1])
+    with pytest.raises(ValueError, match=r"draws names \(9, 0\)"):
+        score_steps(batch, policy, draws=[[(9, 0)]] * 7)
+
+
+def test_unscored_steps_are_counted_and_lend_nothing():
+    items = [
+        write(TOKENIZER, QUESTIONS[0], [("x", None, None), ("y", "Lyon lies on the Rhône.", None)]),
+        write(TOKENIZER, QUESTIONS[1], [("x", "hm", None), ("y", "Paris is the capital.", None)], group=1),
+    ]
+    items[1].searches[0] = replace(items[1].searches[0], query="short")
+    batch, policy = make(items)
+    gains = score_steps(batch, policy)
+    # "City: hm" inside the tags has 8 characters
+    assert gains.scored.tolist() == [False, True, False, True]
+    assert gains.gain.isnan().tolist() == [True, False, True, False]
+    counted = {k: v for k, v in gains.counts.items() if v}
+    assert counted == {"steps": 4, "scored": 2, "pool_size": 2, "pool_repeated": 2,
+                       "unscored_no_documents": 1, "unscored_short_documents": 1}  # fmt: skip
+    assert set(gains.draws) == {(), ((1, 1),) * 3, ((0, 1),) * 3}
+
+
+def test_too_long_for_the_model_or_the_limit():
+    batch, policy = make()
+    longest = max(len(r.tokens) for r in batch.rollouts)
+    some = score_steps(batch, policy, max_context=longest // 2)
+    assert 0 < some.counts["unscored_too_long"] < 7
+    assert some.counts["unscored_too_long"] + some.counts["scored"] == 7
+    small, tiny = make(max_position_embeddings=longest // 2)
+    assert score_steps(small, tiny).counts["unscored_too_long"] == some.counts["unscored_too_long"]
+
+
+def test_an_answer_without_tokens_is_skipped_and_counted():
+    class Deaf(Recorder):
+        def encode(self, text):
+            return [] if text in ("Paris", "Rhône") else super().encode(text)
+
+    batch, policy = make()
+    gains = score_steps(batch, Deaf(policy.model, TOKENIZER, REFINE))
+    assert gains.counts["unscored_no_answer"] == 3  # question b; question a falls back to its alias
+    assert gains.scored.tolist() == [True, True, True, False, False, False, True]
+
+
+def test_old_log_probs_from_the_same_pass():
+    batch, policy = make()
+    gains = score_steps(batch, policy, temperature=0.7)
+    plain = score_steps(batch, policy)
+    torch.testing.assert_close(gains.gain, plain.gain, atol=1e-5, rtol=0)
+    cu = batch.cu_seqlens.tolist()
+    for b, rollout in enumerate(batch.rollouts):
+        ids = torch.tensor([rollout.tokens])
+        with torch.no_grad():
+            logp = (policy.model(ids).logits[0].float() / 0.7).log_softmax(-1)
+        expected = torch.zeros(len(rollout.tokens))
+        expected[1:] = logp[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        mask = batch.policy_mask[cu[b] : cu[b + 1]]
+        torch.testing.assert_close(gains.logprobs[cu[b] : cu[b + 1]], expected * mask, atol=1e-5, rtol=0)
+    assert gains.tokens_forwarded["real"] == plain.tokens_forwarded["real"]
+    with pytest.raises(ValueError, match="needs trunk='rollout'"):
+        score_steps(batch, policy, temperature=1.0, trunk="skeleton")
+
+
+def test_bfloat16_runs_close_to_float32():
+    batch, policy = make()
+    exact = score_steps(batch, policy)
+    policy.model.to(torch.bfloat16)
+    rough = score_steps(batch, policy)
+    assert rough.scored.all()
+    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
+
+
+def test_the_model_is_left_as_it_was():
+    batch, policy = make(attention_dropout=0.5)
+    policy.model.train()
+    policy.model.model.layers[1].eval()
+    flags = [m.training for m in policy.model.modules()]
+    before = policy.model.config._attn_implementation
+    a, b = score_steps(batch, policy), score_steps(batch, policy)
+    assert torch.equal(a.gain, b.gain)  # no dropout
+    assert [m.training for m in policy.model.modules()] == flags
+    assert policy.model.config._attn_implementation == before != "stepcredit_tree"
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_autocast():
+    batch, policy = make()
+    exact = score_steps(batch, policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = score_steps(batch, policy)
+    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
+
+
+def test_nothing_to_score():
+    batch, policy = make([write(TOKENIZER, QUESTIONS[0], [])])
+    gains = score_steps(batch, policy)
+    assert gains.gain.shape == (0,)
+    assert gains.tokens_forwarded == {"trunk": 0, "real": 0, "counterfactual": 0}
+
+
+def test_bad_weights_name_the_question():
+    batch, policy = make()
+    with torch.no_grad():
+        policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"hidden states are not finite for rollout . of question '.'"):
+        score_steps(batch, policy)
+    batch, policy = make()
+    with torch.no_grad():
+        policy.model.lm_head.weight[5] = math.inf
+    with pytest.raises(FloatingPointError, match=r"log-probs are not finite for rollout . of question '.'"):
+        score_steps(batch, policy)
+
+
+def test_bad_options():
+    batch, policy = make()
+    for options, message in (
+        (dict(baseline="emty"), "baseline must be one of"),
+        (dict(trunk="text"), "trunk must be one of"),
+        (dict(pool="all"), "pool must be one of"),
+        (dict(num_random=0), "num_random must be at least 1, got 0"),
+        (dict(max_variants=0), "max_variants must be at least 1"),
+        (dict(max_tokens=0), "max_tokens must be at least 1"),
+        (dict(baseline="empty", draws=[()] * 7), "draws needs baseline='random'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_steps(batch, policy, **options)
+    small = random_policy("llama", TOKENIZER, vocab_size=40)
+    with pytest.raises(ValueError, match="not in the model's vocabulary of 40"):
+        score_steps(batch, PolicyScorer(small, TOKENIZER, REFINE))
+
+
+def test_models_that_cannot_be_served_are_refused_by_name():
+    qwen = random_policy("qwen2", TOKENIZER)
+    qwen.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM cannot be scored .* layers of type linear_attention"):
+        PolicyScorer(qwen, TOKENIZER, REFINE)
+    sinks = random_policy("gpt_oss", TOKENIZER, num_local_experts=2, head_dim=8)
+    with pytest.raises(ValueError, match=r"GptOssForCausalLM .* attention sinks"):
+        PolicyScorer(sinks, TOKENIZER, REFINE)
+    mamba = random_policy("mamba", TOKENIZER)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM .* attention interface"):
+        PolicyScorer(mamba, TOKENIZER, REFINE)
+
+
+def test_a_layer_that_bypasses_tree_attention_is_an_error():
+    batch, policy = make()
+    attention = policy.model.model.layers[0].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(RuntimeError, match="2 of 3 layers"):
+        score_steps(batch, policy)
+
+
+def test_tree_attention_outside_the_scorer_is_an_error():
+    policy = random_policy("llama", TOKENIZER)
+    policy.set_attn_implementation("stepcredit_tree")
+    with pytest.raises(ValueError, match="needs model"):
+        policy(torch.tensor([[1, 2]]))
