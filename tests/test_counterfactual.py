@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -335,54 +334,11 @@ def test_old_log_probs_from_the_same_pass():
         score_steps(batch, policy, temperature=1.0, trunk="skeleton")
 
 
-def test_bfloat16_runs_close_to_float32():
-    batch, policy = make()
-    exact = score_steps(batch, policy)
-    policy.model.to(torch.bfloat16)
-    rough = score_steps(batch, policy)
-    assert rough.scored.all()
-    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
-
-
-def test_the_model_is_left_as_it_was():
-    batch, policy = make(attention_dropout=0.5)
-    policy.model.train()
-    policy.model.model.layers[1].eval()
-    flags = [m.training for m in policy.model.modules()]
-    before = policy.model.config._attn_implementation
-    a, b = score_steps(batch, policy), score_steps(batch, policy)
-    assert torch.equal(a.gain, b.gain)  # no dropout
-    assert [m.training for m in policy.model.modules()] == flags
-    assert policy.model.config._attn_implementation == before != "stepcredit_tree"
-    assert all(p.grad is None for p in policy.model.parameters())
-
-
-def test_autocast():
-    batch, policy = make()
-    exact = score_steps(batch, policy)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = score_steps(batch, policy)
-    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
-
-
 def test_nothing_to_score():
     batch, policy = make([write(TOKENIZER, QUESTIONS[0], [])])
     gains = score_steps(batch, policy)
     assert gains.gain.shape == (0,)
     assert gains.tokens_forwarded == {"trunk": 0, "real": 0, "counterfactual": 0}
-
-
-def test_bad_weights_name_the_question():
-    batch, policy = make()
-    with torch.no_grad():
-        policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"hidden states are not finite for rollout . of question '.'"):
-        score_steps(batch, policy)
-    batch, policy = make()
-    with torch.no_grad():
-        policy.model.lm_head.weight[5] = math.inf
-    with pytest.raises(FloatingPointError, match=r"log-probs are not finite for rollout . of question '.'"):
-        score_steps(batch, policy)
 
 
 def test_bad_options():
@@ -401,31 +357,3 @@ def test_bad_options():
     small = random_policy("llama", TOKENIZER, vocab_size=40)
     with pytest.raises(ValueError, match="not in the model's vocabulary of 40"):
         score_steps(batch, PolicyScorer(small, TOKENIZER, REFINE))
-
-
-def test_models_that_cannot_be_served_are_refused_by_name():
-    qwen = random_policy("qwen2", TOKENIZER)
-    qwen.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM cannot be scored .* layers of type linear_attention"):
-        PolicyScorer(qwen, TOKENIZER, REFINE)
-    sinks = random_policy("gpt_oss", TOKENIZER, num_local_experts=2, head_dim=8)
-    with pytest.raises(ValueError, match=r"GptOssForCausalLM .* attention sinks"):
-        PolicyScorer(sinks, TOKENIZER, REFINE)
-    mamba = random_policy("mamba", TOKENIZER)
-    with pytest.raises(ValueError, match=r"MambaForCausalLM .* attention interface"):
-        PolicyScorer(mamba, TOKENIZER, REFINE)
-
-
-def test_a_layer_that_bypasses_tree_attention_is_an_error():
-    batch, policy = make()
-    attention = policy.model.model.layers[0].self_attn
-    attention.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(RuntimeError, match="2 of 3 layers"):
-        score_steps(batch, policy)
-
-
-def test_tree_attention_outside_the_scorer_is_an_error():
-    policy = random_policy("llama", TOKENIZER)
-    policy.set_attn_implementation("stepcredit_tree")
-    with pytest.raises(ValueError, match="needs model"):
-        policy(torch.tensor([[1, 2]]))

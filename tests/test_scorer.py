@@ -1,0 +1,122 @@
+"""How `PolicyScorer` treats the model: dtypes, modes, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from scripted_rollouts import REFINE, random_policy, write
+from stepcredit.counterfactual import score_steps
+from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.scorer import PolicyScorer, head_options
+from tokenizers_under_test import BUILT
+
+TOKENIZER = BUILT["byte_bpe"]()
+OPTIONS = {"gemma2": {"softcap": 3.0}, "mistral": {}, "cohere": {"logit_scale": 0.3}, "granite": {"logit_scale": 0.25}}
+GEMMA2 = {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+
+
+def make(family="llama", **changes):
+    rollouts = [
+        write(TOKENIZER, Question("a", "Where is Lyon?", ("France",)), [("Lyon", "Lyon lies in France.", "so")]),
+        write(TOKENIZER, Question("b", "Which river?", ("Seine",)), [("river", "Paris lies on the Seine.", None)]),
+    ]
+    return RolloutBatch.pack(rollouts), PolicyScorer(random_policy(family, TOKENIZER, **changes), TOKENIZER, REFINE)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {**GEMMA2, "attn_implementation": "eager"}),
+        ("mistral", {"sliding_window": 24}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_logits_are_those_of_the_model(family, changes):
+    """Soft cap, scale and sliding windows: against the model's own logits on a separate context."""
+    batch, policy = make(family, **changes)
+    assert head_options(policy.model) == OPTIONS[family]
+    gains = score_steps(batch, policy, baseline="empty")
+    rollout = batch.rollouts[1]
+    shown = rollout.find(SpanKind.DOCUMENTS, 0)
+    probe, answer = TOKENIZER.encode(REFINE.answer_probe), TOKENIZER.encode("Seine")
+    for stop, score in ((shown.stop, gains.real[1]), (shown.start, gains.baseline[1])):
+        context = [*rollout.tokens[:stop], *probe]
+        with torch.no_grad():
+            logp = policy.model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
+        rows = torch.arange(len(context) - 1, len(context) + len(answer) - 1)
+        assert float(score) == pytest.approx(float(logp[rows, answer].mean()), abs=1e-5)
+
+
+def test_bfloat16_runs_close_to_float32():
+    batch, policy = make()
+    exact = score_steps(batch, policy)
+    policy.model.to(torch.bfloat16)
+    rough = score_steps(batch, policy)
+    assert rough.scored.all()
+    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
+
+
+def test_the_model_is_left_as_it_was():
+    batch, policy = make(attention_dropout=0.5)
+    policy.model.train()
+    policy.model.model.layers[1].eval()
+    flags = [m.training for m in policy.model.modules()]
+    before = policy.model.config._attn_implementation
+    a, b = score_steps(batch, policy), score_steps(batch, policy)
+    assert torch.equal(a.gain, b.gain)  # no dropout
+    assert [m.training for m in policy.model.modules()] == flags
+    assert policy.model.config._attn_implementation == before != "stepcredit_tree"
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_autocast():
+    batch, policy = make()
+    exact = score_steps(batch, policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = score_steps(batch, policy)
+    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
+
+
+def test_bad_weights_name_the_question():
+    batch, policy = make()
+    with torch.no_grad():
+        policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"hidden states are not finite for rollout . of question '.'"):
+        score_steps(batch, policy)
+    batch, policy = make()
+    with torch.no_grad():
+        policy.model.lm_head.weight[5] = math.inf
+    with pytest.raises(FloatingPointError, match=r"log-probs are not finite for rollout . of question '.'"):
+        score_steps(batch, policy)
+
+
+def test_models_that_cannot_be_served_are_refused_by_name():
+    qwen = random_policy("qwen2", TOKENIZER)
+    qwen.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM cannot be scored .* layers of type linear_attention"):
+        PolicyScorer(qwen, TOKENIZER, REFINE)
+    sinks = random_policy("gpt_oss", TOKENIZER, num_local_experts=2, head_dim=8)
+    with pytest.raises(ValueError, match=r"GptOssForCausalLM .* attention sinks"):
+        PolicyScorer(sinks, TOKENIZER, REFINE)
+    mamba = random_policy("mamba", TOKENIZER)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM .* attention interface"):
+        PolicyScorer(mamba, TOKENIZER, REFINE)
+
+
+def test_a_layer_that_bypasses_tree_attention_is_an_error():
+    batch, policy = make()
+    attention = policy.model.model.layers[0].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(RuntimeError, match="2 of 3 layers"):
+        score_steps(batch, policy)
+
+
+def test_tree_attention_outside_the_scorer_is_an_error():
+    policy = random_policy("llama", TOKENIZER)
+    policy.set_attn_implementation("stepcredit_tree")
+    with pytest.raises(ValueError, match="needs model"):
+        policy(torch.tensor([[1, 2]]))
