@@ -22,6 +22,9 @@ dispatch.register(OP, "reference", dispatch.always)(reference.topk_search)
 def _cpu(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     from stepcredit import _C
 
+    if queries.shape[0] == 1:  # twice the same query: a BLAS product with two columns beats its matrix-vector product
+        scores, ids = _cpu(queries.repeat(2, 1), vectors, k)
+        return scores[:1], ids[:1]
     passages = vectors.shape[0]
     shape = (queries.shape[0], min(k, passages))
     scores = torch.empty(shape, dtype=torch.float32)
@@ -33,7 +36,7 @@ def _cpu(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Te
         tile = torch.empty(min(passages, rows), count, dtype=torch.float32)
         for first in range(0, passages, rows):
             stripe = vectors[first : first + rows]
-            # Passages x queries: the BLAS is faster on this shape than on its transpose when queries are few.
+            # Passages x queries: with few queries the BLAS is faster this way round.
             torch.mm(stripe, block, out=tile[: stripe.shape[0]])
             _C.topk_search_cpu(
                 tile=tile.data_ptr(),
