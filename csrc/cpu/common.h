@@ -8,6 +8,9 @@
 #define STEPCREDIT_CLONES
 #endif
 
+// A function that is no clone itself is not inlined into a clone unless it must be.
+#define STEPCREDIT_INLINE inline __attribute__((always_inline))
+
 namespace stepcredit {
 
 // Below this many elements starting threads costs more than the loop.

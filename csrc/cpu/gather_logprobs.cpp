@@ -12,7 +12,12 @@
 namespace stepcredit {
 namespace {
 
-#define STEPCREDIT_INLINE inline __attribute__((always_inline))
+// Where p is 0, log p may be -inf; their product is 0. Any bound works at which exp is 0.
+template <typename Float>
+STEPCREDIT_INLINE Float not_below(Float x) {
+  constexpr Float kLow = -1000;
+  return x < kLow ? kLow : x;
+}
 
 // Matrix products to logits, in place: (x + bias) * scale, soft cap, temperature.
 template <typename Float>
@@ -44,12 +49,12 @@ STEPCREDIT_INLINE void fold_row(const GatherLogprobsFoldParams<Float>& p, int64_
 #pragma omp simd reduction(max : top)
   for (int64_t c = 0; c < t.cols; ++c) top = z[c] > top ? z[c] : top;
   const double before = p.maximum[row];
-  const Float best = std::max(top, static_cast<Float>(before));
+  const Float best = before > top ? static_cast<Float>(before) : top;
   // Only -inf so far: such logits add nothing, and -inf - -inf would be NaN. (NaN logits do not raise the maximum, so a
   // row that holds one must go on to the sums.)
   Float sum = 0, weighted = 0;
   if (best == -std::numeric_limits<Float>::infinity()) {
-    for (int64_t c = 0; c < t.cols; ++c) sum += std::isnan(z[c]) ? z[c] : Float(0);
+    for (int64_t c = 0; c < t.cols; ++c) sum += z[c] != z[c] ? z[c] : Float(0);
     p.sum[row] += sum;
     return;
   }
@@ -58,7 +63,7 @@ STEPCREDIT_INLINE void fold_row(const GatherLogprobsFoldParams<Float>& p, int64_
     const Float d = z[c] - best;
     const Float e = fast_exp(d);
     sum += e;
-    weighted += e > 0 ? e * d : Float(0);
+    weighted += e * not_below(d);
   }
   const double shift = before - static_cast<double>(best);
   if (p.sum[row] > 0 && shift < 0) {
@@ -73,31 +78,30 @@ STEPCREDIT_INLINE void fold_row(const GatherLogprobsFoldParams<Float>& p, int64_
 
 // d loss / d (matrix product) of one row, in place. With g_k the gradient of log-prob k and h that of the entropy H:
 // dz_v = sum_k g_k [v = target_k] - p_v (sum_k g_k + h (log p_v + H)).
-template <typename Float>
+template <bool kCapped, typename Float>
 STEPCREDIT_INLINE void grad_row(const GatherLogprobsGradParams<Float>& p, int64_t row, Float* target_grads) {
   const LogitTile<Float>& t = p.tile;
   Float* z = t.logits + row * t.cols;
   finish_logits(t, z);
   const Float chain = static_cast<Float>(t.scale / t.temperature);
-  const Float inverse_cap = t.softcap > 0 ? static_cast<Float>(t.temperature / t.softcap) : Float(0);
+  const Float inverse_cap = kCapped ? static_cast<Float>(t.temperature / t.softcap) : Float(0);
   const Float* grad = p.grad_logprobs + row * p.num_targets;
   Float total = 0;
   for (int64_t k = 0; k < p.num_targets; ++k) {
     total += grad[k];
     const int64_t column = p.targets[row * p.num_targets + k] - t.first_col;
     if (column < 0 || column >= t.cols) continue;
-    const Float capped = z[column] * inverse_cap;
+    const Float capped = kCapped ? z[column] * inverse_cap : Float(0);
     target_grads[k] = grad[k] * chain * (1 - capped * capped);
   }
   const Float maximum = p.maximum[row], log_sum = p.log_sum[row], h = p.grad_entropy[row], entropy = p.entropy[row];
 #pragma omp simd
   for (int64_t c = 0; c < t.cols; ++c) {
     const Float logp = (z[c] - maximum) - log_sum;
-    const Float prob = fast_exp(logp);
-    const Float capped = inverse_cap > 0 ? z[c] * inverse_cap : Float(0);  // z may be -inf without a cap
-    // Where p is 0 the gradient is 0, though log p may be -inf. `prob <= 0` lets a NaN through.
-    const Float dz = prob * (total + h * (logp + entropy));
-    z[c] = prob <= 0 ? Float(0) : -dz * chain * (1 - capped * capped);
+    const Float dz = -fast_exp(logp) * (total + h * (not_below(logp) + entropy));
+    // Without a cap z may be -inf, which must not meet the 0.
+    const Float capped = kCapped ? z[c] * inverse_cap : Float(0);
+    z[c] = dz * chain * (1 - capped * capped);
   }
   for (int64_t k = 0; k < p.num_targets; ++k) {
     const int64_t column = p.targets[row * p.num_targets + k] - t.first_col;
@@ -108,11 +112,11 @@ STEPCREDIT_INLINE void grad_row(const GatherLogprobsGradParams<Float>& p, int64_
 // The clones must not be templates.
 STEPCREDIT_CLONES void fold_clone(const GatherLogprobsFoldParams<float>& p, int64_t row) { fold_row(p, row); }
 STEPCREDIT_CLONES void grad_clone(const GatherLogprobsGradParams<float>& p, int64_t row, float* target_grads) {
-  grad_row(p, row, target_grads);
+  p.tile.softcap > 0 ? grad_row<true>(p, row, target_grads) : grad_row<false>(p, row, target_grads);
 }
 void fold_clone(const GatherLogprobsFoldParams<double>& p, int64_t row) { fold_row(p, row); }
 void grad_clone(const GatherLogprobsGradParams<double>& p, int64_t row, double* target_grads) {
-  grad_row(p, row, target_grads);
+  p.tile.softcap > 0 ? grad_row<true>(p, row, target_grads) : grad_row<false>(p, row, target_grads);
 }
 
 template <typename Float>

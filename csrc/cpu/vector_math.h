@@ -1,15 +1,18 @@
-// exp and tanh that the compiler can vectorise: straight-line code, no table, no call. In double: the standard library.
+// exp and tanh that the compiler can vectorise: straight-line code, no table, no call, and no two selects on the same
+// condition (those it turns into a branch). In double: the standard library.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/common.h"
+
 namespace stepcredit {
 
-// exp(x) for x <= 88, within 2 ulp; results below the normal range are 0; NaN stays NaN.
-inline float exp_float(float x) {
-  constexpr float kLow = -87.33654f;
+// exp(x) for x <= 88, within 2 ulp; results below the normal range, that of -inf too, are 0; NaN stays NaN.
+STEPCREDIT_INLINE float exp_float(float x) {
+  constexpr float kLow = -88.f;         // rounds to 2^-127, whose bits below are those of 0
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float y = x < kLow ? kLow : x;
   const float shifted = y * 1.44269504f + kRound;
@@ -27,12 +30,12 @@ inline float exp_float(float x) {
   bits = (bits << 23) + 0x3f800000u;  // 2^n
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < kLow ? 0.f : p * power;
+  return p * power;
 }
 
 // tanh(x) within 3 ulp: odd polynomial near 0, where the quotient of exponentials cancels.
-inline float tanh_float(float x) {
-  const float a = x < 0.f ? -x : x;
+STEPCREDIT_INLINE float tanh_float(float x) {
+  const float a = std::fabs(x);
   const float e = exp_float(-2.f * a);
   const float far = (1.f - e) / (1.f + e);
   const float s = x * x;
@@ -41,13 +44,13 @@ inline float tanh_float(float x) {
   q = q * s - 5.37397155531e-2f;
   q = q * s + 1.33314422036e-1f;
   q = q * s - 3.33332819422e-1f;
-  const float near = q * s * x + x;
-  return a < 0.625f ? near : (x < 0.f ? -far : far);
+  const float near = q * s * a + a;
+  return std::copysign(a < 0.625f ? near : far, x);
 }
 
-inline float fast_exp(float x) { return exp_float(x); }
-inline double fast_exp(double x) { return std::exp(x); }
-inline float fast_tanh(float x) { return tanh_float(x); }
-inline double fast_tanh(double x) { return std::tanh(x); }
+STEPCREDIT_INLINE float fast_exp(float x) { return exp_float(x); }
+STEPCREDIT_INLINE double fast_exp(double x) { return std::exp(x); }
+STEPCREDIT_INLINE float fast_tanh(float x) { return tanh_float(x); }
+STEPCREDIT_INLINE double fast_tanh(double x) { return std::tanh(x); }
 
 }  // namespace stepcredit
