@@ -12,7 +12,7 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, float], ...]], ...] = (
     ("Answers, %", (("em", "EM", 100), ("f1", "F1", 100), ("finished", "finished", 100))),
     ("Retrieval, %", (("hit", "gold passages", 100), ("any_hit", "any gold passage", 100))),
     ("Searches per rollout", (("searches", "searches", 1),)),
-    ("Information gain, nats per token", (("gain_mean", "mean", 1), ("gain_std", "std", 1))),
+    ("Information gain, nats per token", (("ig/gain_mean", "mean", 1), ("ig/gain_std", "std", 1))),
     (
         "Seconds per step",
         (("seconds_rollout", "rollout", 1), ("seconds_credit", "credit", 1), ("seconds_update", "update", 1)),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from stepcredit.credit import METHODS, CreditMethod, IGSearch
+from stepcredit.credit import METHODS, CreditMethod, IGSearch, get_method
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.protocol import get_protocol
 from stepcredit.train.engine import Sampling
@@ -301,7 +301,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
             flat[name] = value
             continue
         if f.name == "credit":
-            flat[name] = method_name(cast(CreditMethod, value))
+            flat[name] = next(known for known, make in METHODS.items() if type(make()) is type(value))
         flat.update(flatten(value, name + "."))
     return flat
 
@@ -317,11 +317,6 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
     """The configuration that `to_json` wrote."""
     return apply_overrides(TrainConfig(), [f"{name}={as_text(value)}" for name, value in values.items()])
-
-
-def method_name(method: CreditMethod) -> str:
-    """The name of a credit method in the registry."""
-    return next(name for name, cls in METHODS.items() if type(method) is cls)
 
 
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
@@ -341,7 +336,7 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
             raise ValueError(f"expected field=value, got {override!r}")
         changes[name.strip()] = text.strip()
     if "credit" in changes:
-        config = replace(config, credit=METHODS[_choice("credit", changes.pop("credit"), METHODS)]())
+        config = replace(config, credit=get_method(changes.pop("credit")))
     known = flatten(config)
     for name in changes:
         if name not in known:

@@ -24,7 +24,7 @@ from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig, to_json
 from stepcredit.train.metrics import Clock, MetricsLog, outcome_metrics
 from stepcredit.train.rewards import assign_rewards
-from stepcredit.train.setup import Parts, frozen_copy, seeded
+from stepcredit.train.setup import Parts, frozen_copy
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
 
@@ -99,13 +99,13 @@ def train_step(
     assign_rewards(rollouts, config.rewards, parts.tokenizer)
     batch = RolloutBatch.pack(rollouts, parts.model.device)
     with clock("credit"):
-        credit = seeded(config.credit, derive_seed(config.seed, "credit", step))(batch, parts.scorer)
+        credit = config.credit(batch, parts.scorer, step=derive_seed(config.seed, "credit", step))
     with clock("update"):
         updated = policy_update(
             parts.model,
             parts.optimizer,
             batch,
-            credit.advantages,
+            credit,
             config.loss,
             learning_rate=config.optimizer.rate(step),
             temperature=config.sampling.temperature,

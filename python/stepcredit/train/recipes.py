@@ -64,7 +64,7 @@ def tiny() -> TrainConfig:
         rewards=RewardWeights(f1=1.0, gold_hit=0.5, format=0.2),
         credit=IGSearch(center="batch"),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        warm_start=WarmStartConfig(steps=30, batch=8, learning_rate=1e-2),
+        warm_start=WarmStartConfig(steps=60, batch=8, learning_rate=1e-2),
         evaluation=EvaluationConfig(questions=8),
     )
 

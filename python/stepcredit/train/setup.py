@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit.assets import resolve_model
-from stepcredit.counterfactual import PolicyScorer
-from stepcredit.credit import CreditMethod
 from stepcredit.data import Dataset
 from stepcredit.environments.search import SearchEnvironment
 from stepcredit.protocol import get_protocol
 from stepcredit.retrieval import Hits, Retriever
+from stepcredit.scorer import PolicyScorer
 from stepcredit.train.config import DataConfig, TrainConfig
 from stepcredit.train.engine import HFEngine
 from stepcredit.train.optimizer import MasterAdamW
@@ -137,10 +136,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def seeded(method: CreditMethod, seed: int) -> CreditMethod:
-    """The credit method with its random draws, where it has any, made from `seed`."""
-    return replace(method, seed=seed) if any(f.name == "seed" for f in fields(method)) else method
-
-
 def _texts(dataset: Dataset) -> list[str]:
-    return [f"Question: {q.text}\n" for q in dataset.train] + [f"{p.title}: {p.text}" for p in dataset.passages]
+    """What the policy reads and writes, for training a tokenizer; frequent tags become tokens of their own."""
+    tags = ("search", "answer", "information", "documents")
+    texts = [f"Question: {q.text}\n" for q in dataset.train] + [f"{p.title}: {p.text}" for p in dataset.passages]
+    return texts + [f"<{tag}> </{tag}>" for tag in tags] * 500

@@ -7,14 +7,18 @@ gradient is that of the whole batch.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
+from stepcredit.credit import Credit
 from stepcredit.rollout import RolloutBatch
 from stepcredit.train.config import LossConfig
-from stepcredit.train.loss import policy_loss, token_weights
+from stepcredit.train.loss import Aggregation, policy_loss, token_weights
 from stepcredit.train.optimizer import MasterAdamW
-from stepcredit.train.policy import micro_batches, policy_logprobs, used_lengths
+from stepcredit.train.policy import micro_batches, policy_logprobs, training_attention, used_lengths
 
 
 def batch_logprobs(
@@ -23,7 +27,7 @@ def batch_logprobs(
     """Log-probs [T] of the used tokens, without gradient; 0 elsewhere."""
     lengths = used_lengths(batch, used_T)
     logprobs_T = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-    with torch.no_grad():
+    with torch.no_grad(), training_attention(model, max(lengths)):
         for members in micro_batches(lengths, max_tokens):
             position_N, logprobs_N = policy_logprobs(model, batch, used_T, members, lengths, temperature)
             logprobs_T[position_N] = logprobs_N
@@ -41,12 +45,12 @@ def supervised_step(
     lengths = used_lengths(batch, batch.policy_mask)
     weight = 1.0 / max(int(batch.policy_mask.sum()), 1)
     total = 0.0
-    for members in micro_batches(lengths, max_tokens):
-        _, logprobs_N = policy_logprobs(model, batch, batch.policy_mask, members, lengths, 1.0)
-        loss = -weight * logprobs_N.sum()
-        loss.backward()
-        total += float(loss.detach())
-    _check_finite("supervised loss", total)
+    with training_attention(model, max(lengths)):
+        for members in micro_batches(lengths, max_tokens):
+            _, logprobs_N = policy_logprobs(model, batch, batch.policy_mask, members, lengths, 1.0)
+            loss = -weight * logprobs_N.sum()
+            loss.backward()
+            total += float(loss.detach())
     return {
         "loss": total,
         "grad_norm": optimizer.step(learning_rate),
@@ -58,7 +62,7 @@ def policy_update(
     model: PreTrainedModel,
     optimizer: MasterAdamW,
     batch: RolloutBatch,
-    advantages_T: torch.Tensor,
+    credit: Credit,
     config: LossConfig,
     *,
     learning_rate: float,
@@ -72,49 +76,53 @@ def policy_update(
 
     Args:
         batch: B packed rollouts, T tokens.
-        advantages_T: float32 [T].
+        credit: advantages [T], and auxiliary losses, which are added to the policy loss.
         temperature: the sampling temperature.
         reference: the policy of the KL term, with `config.kl_coef` > 0.
 
     Returns:
-        Means over the optimizer steps of "loss", "kl", "clip_fraction" and "grad_norm"; "logprob_gap", the mean
-        absolute difference between the log-probs of training and of sampling (0 but for rounding, measured before
-        the first optimizer step); "optimizer_steps"; "skipped_zero_advantage", rollouts that were not run because no
-        token of theirs has an advantage; "tokens_forwarded".
+        Means over the optimizer steps of "loss", "kl", "clip_fraction" and "grad_norm"; each auxiliary loss as
+        "loss_<name>"; "logprob_gap", the mean absolute difference between the log-probs of training and of sampling
+        (0 but for rounding, measured before the first optimizer step); "optimizer_steps", those that had a gradient;
+        "skipped_zero_advantage", rollouts that were not run because no token of theirs has an advantage;
+        "tokens_forwarded".
 
     Raises:
-        FloatingPointError: loss or gradient is not finite.
+        ValueError: auxiliary losses with more than one optimizer step: their graph serves one.
+        FloatingPointError: log-probs or the gradient are not finite.
     """
-    used_T = batch.policy_mask if config.kl_coef > 0 else batch.policy_mask & (advantages_T != 0)
-    lengths = used_lengths(batch, used_T)
     num_steps = config.epochs * config.minibatches
+    if credit.losses and num_steps > 1:
+        raise ValueError(
+            f"credit has auxiliary losses ({', '.join(credit.losses)}), which need loss.epochs=1 and "
+            f"loss.minibatches=1, got {config.epochs} and {config.minibatches}"
+        )
+    used_T = batch.policy_mask if config.kl_coef > 0 else batch.policy_mask & (credit.advantages != 0)
+    lengths = used_lengths(batch, used_T)
+    forwarded = config.epochs * sum(lengths)
     old_T = reference_T = None
     if num_steps > 1:
         old_T = batch_logprobs(model, batch, used_T, temperature, config.max_tokens)
+        forwarded += sum(lengths)
     if config.kl_coef > 0 and reference is not None:
         reference_T = batch_logprobs(reference, batch, used_T, temperature, config.max_tokens)
-    passes = config.epochs + (old_T is not None) + (reference_T is not None)
+        forwarded += sum(lengths)
 
-    policy_lengths_B = torch.segment_reduce(
-        batch.policy_mask.double(), "sum", lengths=torch.diff(batch.cu_seqlens)
-    ).long()
-    names = ("loss", "kl", "clip_fraction", "grad_norm")
-    sums = dict.fromkeys(names, 0.0)
-    gap, compared, steps = 0.0, 0, 0
-    for _ in range(config.epochs):
-        for share in torch.arange(len(batch)).tensor_split(config.minibatches):
-            chosen_B = torch.zeros(len(batch), dtype=torch.bool, device=batch.tokens.device)
-            chosen_B[share] = True
-            weights_T = torch.zeros_like(advantages_T)
-            weights_T[batch.policy_mask] = token_weights(policy_lengths_B * chosen_B, config.aggregation)
-            for members in micro_batches(
-                [n * int(c) for n, c in zip(lengths, chosen_B, strict=True)], config.max_tokens
-            ):
+    for auxiliary in credit.losses.values():
+        auxiliary.backward()
+    totals: dict[str, float] = defaultdict(float)
+    for number in range(num_steps):
+        share = torch.arange(len(batch)).tensor_split(config.minibatches)[number % config.minibatches].tolist()
+        weights_T = share_weights(batch, share, config.aggregation)
+        chosen = [length if b in set(share) else 0 for b, length in enumerate(lengths)]
+        with training_attention(model, max(chosen)):
+            for members in micro_batches(chosen, config.max_tokens):
                 position_N, logprobs_N = policy_logprobs(model, batch, used_T, members, lengths, temperature)
+                now_N = logprobs_N.detach()
                 loss, parts = policy_loss(
                     logprobs_N,
-                    logprobs_N.detach() if old_T is None else old_T[position_N],
-                    advantages_T[position_N],
+                    now_N if old_T is None else old_T[position_N],
+                    credit.advantages[position_N],
                     weights_T[position_N],
                     clip_low=config.clip_low,
                     clip_high=config.clip_high,
@@ -123,22 +131,32 @@ def policy_update(
                 )
                 loss.backward()
                 for name, value in parts.items():
-                    sums[name] += float(value)
-                if steps == 0:
-                    gap += float((logprobs_N.detach() - batch.sampling_logprobs[position_N]).abs().sum())
-                    compared += position_N.numel()
-            _check_finite("policy loss", sums["loss"])
-            sums["grad_norm"] += optimizer.step(learning_rate)
-            steps += 1
+                    totals[name] += float(value) / num_steps
+                if number == 0:
+                    totals["gap"] += float((now_N - batch.sampling_logprobs[position_N]).abs().sum())
+                    totals["compared"] += position_N.numel()
+        norm = optimizer.step(learning_rate)
+        totals["grad_norm"] += norm / num_steps
+        totals["optimizer_steps"] += norm > 0
     return {
-        **{name: total / num_steps for name, total in sums.items()},
-        "logprob_gap": gap / max(compared, 1),
-        "optimizer_steps": float(steps),
-        "skipped_zero_advantage": float(sum(n == 0 for n in lengths)),
-        "tokens_forwarded": float(passes * sum(lengths)),
+        **{name: totals[name] for name in ("loss", "kl", "clip_fraction", "grad_norm", "optimizer_steps")},
+        **{f"loss_{name}": float(auxiliary.detach()) for name, auxiliary in credit.losses.items()},
+        "logprob_gap": totals["gap"] / max(totals["compared"], 1.0),
+        "skipped_zero_advantage": float(sum(length == 0 for length in lengths)),
+        "tokens_forwarded": float(forwarded),
     }
 
 
-def _check_finite(name: str, value: float) -> None:
-    if value != value or abs(value) == float("inf"):
-        raise FloatingPointError(f"{name} is {value}: log-probs of the policy are NaN or infinite")
+def share_weights(batch: RolloutBatch, share: Sequence[int], aggregation: Aggregation) -> torch.Tensor:
+    """Loss weights [T] of the policy's tokens of some rollouts, summing to one over all of them; 0 elsewhere."""
+    policy_B = torch.tensor(
+        [int(part.sum()) for part in batch.policy_mask.split(torch.diff(batch.cu_seqlens).tolist())]
+    )
+    lengths_B = torch.zeros_like(policy_B)
+    lengths_B[list(share)] = policy_B[list(share)]
+    in_share_B = torch.zeros(len(batch), dtype=torch.bool)
+    in_share_B[list(share)] = True
+    in_share_T = in_share_B.to(batch.tokens.device).repeat_interleave(torch.diff(batch.cu_seqlens))
+    weights_T = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+    weights_T[batch.policy_mask & in_share_T] = token_weights(lengths_B, aggregation).to(weights_T)
+    return weights_T
