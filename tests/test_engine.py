@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from stepcredit.protocol import get_protocol
 from stepcredit.retrieval import Hits, Passage
 from stepcredit.rollout import ENVIRONMENT_KINDS, Question, SpanKind
 from stepcredit.train.engine import HFEngine, Sampling
-from stepcredit.train.engine.sampling import Uniforms, draw
+from tokenizers_under_test import byte_bpe
 
 PROTOCOL = get_protocol("search_r1")
 TAGS = ["<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>"]
@@ -91,7 +92,7 @@ def scripted(base, bonus):
     class Scripted(base):
         def forward(self, input_ids, logits_to_keep=0, **kwargs):
             output = super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
-            output.logits = output.logits + bonus[input_ids[:, -output.logits.shape[1] :]]
+            output.logits = output.logits + bonus[input_ids[:, -output.logits.shape[1] :] % len(bonus)]
             return output
 
     return Scripted
@@ -224,6 +225,17 @@ def test_members_of_a_group_differ(tokenizer):
     assert len({tuple(r.tokens) for r in rollouts}) > 1
 
 
+def test_every_token_has_its_own_random_number(tokenizer):
+    model = build(bonus=torch.zeros(1, 1))
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token is equally probable
+    sampling = Sampling(max_turn_tokens=100, max_answer_tokens=100)
+    rollouts = engine(model, tokenizer).rollout(QUESTIONS, environment(max_invalid=0), sampling, group_size=16)
+    sampled = torch.tensor([r.tokens[i] for r in rollouts for i in policy_positions(r)])
+    pairs = torch.unique(torch.stack([sampled[:-1], sampled[1:]], 1), dim=0)
+    assert len(sampled) > 1000
+    assert len(pairs) > len(VOCABULARY) ** 2 / 2
+
+
 def test_a_turn_stops_on_its_tag_and_environment_text_is_fed_as_encoded(tokenizer):
     for rollout in engine(build(), tokenizer).rollout(QUESTIONS, environment(), GREEDY):
         for search in rollout.searches:
@@ -271,6 +283,21 @@ def test_a_forced_answer_is_answer_text(tokenizer):
     assert tail == [(SpanKind.NOTICE, "<answer>"), (SpanKind.ANSWER, "w8"), (SpanKind.TAG, "</answer>")]
 
 
+def test_tags_spelt_letter_by_letter_close():
+    letters = byte_bpe()
+    chain = letters.convert_tokens_to_ids(list("x</answer>"))
+    bonus = torch.zeros(len(letters), len(letters))
+    bonus[:, chain[0]] = 1e4
+    for last, following in pairwise(chain):
+        bonus[last] = 0
+        bonus[last, following] = 1e4
+    model = build(bonus=bonus, vocab_size=len(letters))
+    sampling = Sampling(greedy=True, max_turn_tokens=30, max_answer_tokens=30)
+    (rollout,) = engine(model, letters).rollout(QUESTIONS[:1], environment(max_invalid=0), sampling)
+    assert (rollout.finish, rollout.answer) == ("answered", "x")
+    assert [s.stop - s.start for s in rollout.spans if s.kind is SpanKind.TAG] == [9, 9]
+
+
 def test_end_of_sequence_ends_a_turn(tokenizer):
     rollout = run(tokenizer, only(("w0", "w5"), ("w5", "<eos>"), ("<answer>", "<eos>")), env=environment(max_invalid=0))
     assert rollout.counts == {"invalid_turns": 2, "forced_answers": 1}
@@ -297,6 +324,12 @@ def test_forged_environment_tags_earn_nothing(tokenizer):
 def test_a_rollout_that_outgrows_the_context(tokenizer):
     in_turn = run(tokenizer, only(*FOREVER), max_position_embeddings=8)
     assert (in_turn.finish, len(in_turn.tokens), in_turn.answer) == ("context", 8, None)
+    assert in_turn.counts == {}  # no turn was taken, so that none was invalid
+    forced = run(
+        tokenizer, only(*FOREVER, ("<answer>", "w5")), env=environment(max_invalid=0), max_position_embeddings=16
+    )
+    assert (forced.finish, forced.answer, len(forced.tokens)) == ("context", None, 16)
+    assert forced.spans[-1].kind is SpanKind.ANSWER
     search = only(("w0", "<search>"), ("<search>", "w3"), ("w3", "</search>"))
     reply = run(tokenizer, search, max_position_embeddings=10)
     assert (reply.finish, reply.searches, reply.steps()) == ("context", [], [])
@@ -319,7 +352,7 @@ def test_long_contexts_grow_the_cache(tokenizer):
 def test_a_prompt_longer_than_the_context(tokenizer):
     e = engine(build(max_position_embeddings=12), tokenizer)
     long = Question("long", " ".join(WORDS[:10]), ("x",))
-    with pytest.raises(ValueError, match="question 'long': its prompt has 12 tokens.*context of 12"):
+    with pytest.raises(ValueError, match=r"question 'long': its prompt has 12 tokens.*context of 12"):
         e.rollout([QUESTIONS[0], long], environment(), GREEDY)
     assert e.tokens_forwarded == 0
 
@@ -337,7 +370,7 @@ def test_logits_that_are_no_distribution(value, sampling, tokenizer):
     bonus[VOCABULARY["w3"]] = value
     bonus[VOCABULARY["w2"], VOCABULARY["w3"]] = 1e4
     questions = [QUESTIONS[0], Question("bad", "w1 w2", ("x",))]
-    with pytest.raises(FloatingPointError, match="question 'bad'.*NaN or infinity"):
+    with pytest.raises(FloatingPointError, match=r"question 'bad'.*NaN or infinity"):
         engine(build(bonus=bonus), tokenizer).rollout(questions, environment(), sampling)
 
 
@@ -369,49 +402,3 @@ def test_bad_arguments(tokenizer):
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"layers of type \['linear_attention'\]"):
         engine(model, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
-        ({"top_p": 0.0}, "top_p must be in"),
-        ({"top_p": 1.5}, "top_p must be in .*got 1.5"),
-        ({"max_turn_tokens": 0}, "max_turn_tokens must be at least 1, got 0"),
-        ({"max_answer_tokens": 0}, "max_answer_tokens must be at least 1, got 0"),
-    ],
-)
-def test_bad_sampling(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**kwargs)
-
-
-def test_draw_follows_the_distribution():
-    logits = torch.tensor([2.0, -torch.inf, 0.5, 1.0])
-    for sampling, keep in ((Sampling(temperature=2.0), 4), (Sampling(temperature=2.0, top_p=0.7), 2)):
-        n = 20_000
-        tokens, logprobs = draw(logits.expand(n, 4), sampling, (torch.arange(n) + 0.5) / n)
-        full = torch.softmax(logits / 2.0, -1)
-        kept = full * (full >= full.sort(descending=True).values[keep - 1])
-        assert torch.allclose(torch.bincount(tokens, minlength=4) / n, kept / kept.sum(), atol=2e-4)
-        assert torch.allclose(logprobs, full.log()[tokens])
-
-
-def test_draw_at_the_edges():
-    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
-    for u in (0.0, 1 - 2**-24):
-        for top_p in (1.0, 0.99):
-            token, logprob = draw(logits, Sampling(top_p=top_p), torch.tensor([u]))
-            assert token.item() in (1, 2)
-            assert torch.isfinite(logprob).all()
-    tied = torch.tensor([[0.0, 3.0, 3.0]])
-    assert draw(tied, Sampling(greedy=True), None)[0].item() == 1
-
-
-def test_uniforms_do_not_depend_on_the_order_of_asking():
-    a, b = Uniforms(3, 7), Uniforms(3, 7)
-    late = a([2, 0], [200, 1])
-    assert torch.equal(b([0], [1]), late[1:])
-    assert torch.equal(b([2], [200]), late[:1])
-    assert not torch.equal(Uniforms(3, 8)([0], [1]), late[1:])

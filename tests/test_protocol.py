@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers_under_test import byte_bpe, wordpiece
 
 from stepcredit.protocol import PROTOCOLS, get_protocol
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import Question, SpanKind
+from tokenizers_under_test import byte_bpe, wordpiece
 
 SEARCH_R1, REFINE = PROTOCOLS["search_r1"], PROTOCOLS["refine"]
 
@@ -122,6 +122,7 @@ def test_passages_cannot_speak_the_protocol(protocol):
     assert {p.kind for p in turn.pieces} == {SpanKind.THINK}
     assert not protocol.closes(inner)
     assert "&lt;answer>Rome" in inner
+    assert "&lt;Search>" in inner  # a model reads tags in any case
     assert "a<b" in inner  # what is no tag is left alone
 
 
@@ -161,7 +162,8 @@ def test_chat_prompt():
     tokenizer, question = byte_bpe(), Question("q", "Who?", ("x",))
     with pytest.raises(ValueError, match="chat template"):
         SEARCH_R1.prompt(question, tokenizer, "chat")
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    each = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.chat_template = each + "{% if add_generation_prompt %}[assistant]{% endif %}"
     for protocol in PROTOCOLS.values():
         text = tokenizer.decode(protocol.prompt(question, tokenizer, "chat"))
         assert text == f"[user] {protocol.instruction}\nQuestion: Who?\n[assistant]"
@@ -174,7 +176,7 @@ def test_chat_prompt():
 
 def test_names():
     assert get_protocol("refine") is REFINE
-    with pytest.raises(ValueError, match="unknown protocol 'serch_r1'.*did you mean 'search_r1'"):
+    with pytest.raises(ValueError, match=r"unknown protocol 'serch_r1'.*did you mean 'search_r1'"):
         get_protocol("serch_r1")
-    with pytest.raises(ValueError, match="unknown protocol 'zzz', known: search_r1, refine$"):
+    with pytest.raises(ValueError, match=r"unknown protocol 'zzz', known: search_r1, refine$"):
         get_protocol("zzz")

@@ -4,14 +4,14 @@ import math
 import random
 
 import pytest
-import tokenizers_under_test
-from tokenizers_under_test import BUILT
 
+import tokenizers_under_test
 from stepcredit.environments.search import Response
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import ENVIRONMENT_KINDS, Question, Search, Span, SpanKind
 from stepcredit.train.engine.transcript import Transcript, boundaries, decode
+from tokenizers_under_test import BUILT
 
 REFINE = PROTOCOLS["refine"]
 QUESTION = Question("q", "Which river flows through Lyon?", ("Rhône",))

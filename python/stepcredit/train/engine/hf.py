@@ -211,7 +211,7 @@ class HFEngine:
                     )
                 row.ids.append(token)
                 row.logprobs.append(logprob)
-                row.pending = [token]
+                row.pending.append(token)
                 row.sampled += 1
             running = _retire(cache, rows, running, [i for i in range(running) if self._ended(rows[i], sampling)])
             if not running:

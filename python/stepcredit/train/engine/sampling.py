@@ -90,8 +90,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None
 def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first index at which the running sum of the row exceeds uniform * total."""
     running = probs.cumsum(-1)
-    total = running[:, -1:]
-    # Rounding must not push the wanted mass to the total itself, beyond the last token that has any.
-    wanted = torch.minimum(uniforms.to(running)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A float32 uniform is at most 1 - 2^-24, so that the product rounds below the total: some token exceeds it.
+    wanted = uniforms.to(running)[:, None] * running[:, -1:]
     # Rows that hold NaN have no answer; the clamp keeps their index valid until the caller reports them.
     return torch.searchsorted(running, wanted, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
