@@ -108,7 +108,7 @@ def test_parity_with_contexts_built_here(max_variants):
         shown = rollout.find(SpanKind.DOCUMENTS, t)
         best = None
         for text in rollout.question.answers[:max_variants]:
-            answer = TOKENIZER.encode(text)
+            answer = TOKENIZER.encode(" " + text)
             real = separate(policy, [*rollout.tokens[: shown.stop], *probe], answer)
             others = []
             for b2, t2 in gains.draws[s]:
@@ -307,12 +307,25 @@ def test_too_long_for_the_model_or_the_limit():
 def test_an_answer_without_tokens_is_skipped_and_counted():
     class Deaf(Recorder):
         def encode(self, text):
-            return [] if text in ("Paris", "Rhône") else super().encode(text)
+            return [] if text in (" Paris", " Rhône") else super().encode(text)
 
     batch, policy = make()
     gains = score_steps(batch, Deaf(policy.model, TOKENIZER, REFINE))
     assert gains.counts["unscored_no_answer"] == 3  # question b; question a falls back to its alias
     assert gains.scored.tolist() == [True, True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize(("answer_probe", "expected"), [(None, " Paris"), ("\n<answer> ", "Paris")])
+def test_an_answer_is_set_off_from_its_probe_by_one_space(answer_probe, expected):
+    class Recording(Recorder):
+        def encode(self, text):
+            asked.append(text)
+            return super().encode(text)
+
+    asked = []
+    batch, policy = make()
+    score_steps(batch, Recording(policy.model, TOKENIZER, REFINE), answer_probe=answer_probe)
+    assert expected in asked
 
 
 def test_old_log_probs_from_the_same_pass():

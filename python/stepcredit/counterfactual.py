@@ -103,7 +103,8 @@ def score_steps(
         pool: "other_questions" (IG-Search's text) or "batch" (its released code).
         head_tokens, head_weight: weights of the first answer tokens, see `information_gain`.
         max_variants: gold answers scored per step; the best real score wins.
-        answer_probe: what precedes the gold answer; None: the protocol's.
+        answer_probe: what precedes the gold answer; None: the protocol's. Probe and answer are tokenised separately; an
+            answer after a probe that does not end in a space starts with one.
         seed, step: of the run, and the training step; they seed the draws.
         max_tokens: tokens per forward pass.
         max_context: a step whose longest context, answer included, has more tokens (or more than the model has
@@ -143,10 +144,14 @@ def score_steps(
                 raise ValueError(f"draws names {unknown[0]}, which is no search step with passages of this batch")
 
     limits = [limit for limit in (max_context, policy.max_context) if limit is not None]
-    probe = policy.encode(policy.protocol.answer_probe if answer_probe is None else answer_probe)
+    opening = policy.protocol.answer_probe if answer_probe is None else answer_probe
+    probe = policy.encode(opening)
+    # Byte-level vocabularies hold " Paris" as a word and "Paris" as an odd one; policies write the former.
+    space = "" if opening[-1:].isspace() else " "
     branches: dict[StepId, Branches] = {}
     for key in steps:
-        answers = [ids for text in rollouts[key[0]].question.answers if (ids := policy.encode(text))][:max_variants]
+        answers = [ids for text in rollouts[key[0]].question.answers if (ids := policy.encode(space + text))]
+        answers = answers[:max_variants]
         others = [found[other].passages for other in drawn.get(key, ())]
         planned = plan_step(found.get(key), others, answers, probe, baseline, min(limits, default=None))
         if isinstance(planned, str):
