@@ -334,7 +334,7 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"expected field=value, got {override!r}")
-        changes[name.strip()] = text.strip()
+        changes[name.strip()] = text  # white space may matter, as in an answer probe
     if "credit" in changes:
         config = replace(config, credit=get_method(changes.pop("credit")))
     known = flatten(config)

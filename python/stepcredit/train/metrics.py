@@ -14,7 +14,7 @@ from statistics import fmean
 from stepcredit.evaluate import summarize
 from stepcredit.rollout import Rollout
 
-#: Every name in `metrics.jsonl` and what it means; `<name>` stands for one of several. Credit methods document theirs.
+#: Every name in `metrics.jsonl` and what it means; `<name>` stands for one of several.
 GLOSSARY: dict[str, str] = {
     "phase": 'which part of the run the line belongs to: "warm_start", "evaluation" or "grpo"',
     "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
@@ -47,6 +47,18 @@ GLOSSARY: dict[str, str] = {
     "skipped_zero_advantage": "rollouts not run in the update because none of their tokens has an advantage",
     "optimizer_steps": "optimizer steps of this update; 0 when no token had an advantage",
     "learning_rate": "of this step",
+    "advantage/zero_variance_groups": "share of groups whose rollouts all have the same reward: no outcome signal",
+    "advantage/outcome_abs_mean": "mean absolute outcome advantage of policy tokens",
+    "advantage/bonus_abs_mean": "mean absolute gain bonus of the query tokens of scored steps",
+    "ig/gain_mean, ig/gain_std": "information gain of the scored search steps, before centring, nats per answer token",
+    "ig/positive_share": "share of the scored steps whose gain is above 0",
+    "ig/real_mean, ig/baseline_mean": "mean score of the gold answer under the real and the counterfactual passages",
+    "ig/steps, ig/scored": "search steps, and those whose gain was measured",
+    "ig/unscored_<reason>": "search steps whose gain was not measured, by reason",
+    "ig/pool_<name>": "counterfactual passages: size of the pool, steps that fell back to the whole batch or repeated",
+    "ig/tokens_<part>": "tokens forwarded for the gain: trunk, real leaves, counterfactual leaves",
+    "ig/seconds": "seconds of the counterfactual scoring",
+    "tokens_rollout, tokens_credit, tokens_update": "tokens_forwarded of a GRPO step by part",
     "tokens_forwarded": "real (not padding) tokens run forward through the model",
     "seconds": "wall-clock seconds of this line's step",
     "seconds_rollout": "of which sampling rollouts, retrieval included",

@@ -39,7 +39,10 @@ def resolve_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"model.device must be a torch device such as 'cpu' or 'cuda:1', got {name!r}") from None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
