@@ -9,7 +9,7 @@ import torch
 
 #: The one tile of logits that is alive: rows x vocabulary entries.
 TILE_ROWS = 512
-TILE_COLS = 4096
+TILE_COLS = 8192
 
 Tensor = torch.Tensor
 
