@@ -42,7 +42,7 @@ def test_logits_are_those_of_the_model(family, changes):
     gains = score_steps(batch, policy, baseline="empty")
     rollout = batch.rollouts[1]
     shown = rollout.find(SpanKind.DOCUMENTS, 0)
-    probe, answer = TOKENIZER.encode(REFINE.answer_probe), TOKENIZER.encode("Seine")
+    probe, answer = TOKENIZER.encode(REFINE.answer_probe), TOKENIZER.encode(" Seine")
     for stop, score in ((shown.stop, gains.real[1]), (shown.start, gains.baseline[1])):
         context = [*rollout.tokens[:stop], *probe]
         with torch.no_grad():

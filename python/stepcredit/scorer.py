@@ -157,7 +157,7 @@ class PolicyScorer:
         bins = pack(trees, max_tokens)
         out = torch.zeros(sum(b.places.numel() for b in bins), device=device)
         vocabulary = head.weight.shape[0]
-        options = head_options(self.model)
+        options: dict[str, Any] = head_options(self.model)
         with self._prepared():
             for item in bins:
                 highest = max(int(item.tokens.max()), int(item.targets.max()))
