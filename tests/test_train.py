@@ -15,9 +15,10 @@ from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import RolloutBatch, SpanKind
 from stepcredit.train import __main__ as command
 from stepcredit.train import progress
-from stepcredit.train.config import LossConfig, TrainConfig, flatten
+from stepcredit.train.config import LossConfig, TrainConfig
 from stepcredit.train.loop import derive_seed, questions_of_step, summary_line, train
 from stepcredit.train.metrics import documented
+from stepcredit.train.overrides import flatten
 from stepcredit.train.policy import micro_batches, policy_logprobs, resolve_dtype, used_lengths
 from stepcredit.train.recipes import RECIPES
 from stepcredit.train.setup import frozen_copy

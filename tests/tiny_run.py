@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from stepcredit.data.demonstrations import demonstrations
 from stepcredit.rollout import Rollout, RolloutBatch
-from stepcredit.train.config import TrainConfig, apply_overrides
+from stepcredit.train.config import TrainConfig
 from stepcredit.train.engine import HFEngine
 from stepcredit.train.optimizer import MasterAdamW
+from stepcredit.train.overrides import apply_overrides
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import tiny
 from stepcredit.train.rewards import RewardWeights, assign_rewards

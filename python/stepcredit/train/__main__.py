@@ -14,8 +14,9 @@ from typing import Any, get_type_hints
 from transformers.utils import logging as transformers_logging
 
 from stepcredit.credit import METHODS
-from stepcredit.train.config import TrainConfig, apply_overrides, as_text, describe_type, field_docs, from_json
+from stepcredit.train.config import TrainConfig
 from stepcredit.train.loop import train
+from stepcredit.train.overrides import apply_overrides, as_text, describe_type, field_docs, from_json
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import RECIPES, get_recipe
 from stepcredit.train.setup import build

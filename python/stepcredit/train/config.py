@@ -1,20 +1,15 @@
-"""The configuration of a run: frozen dataclasses, `field=value` overrides, and their documentation.
+"""The configuration of a run: frozen dataclasses, validated when they are built.
 
 Every field is documented once, in the "Attributes:" section of its class; `--help` prints from there.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from stepcredit.credit import METHODS, CreditMethod, IGSearch, get_method
+from stepcredit.credit import CreditMethod, IGSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.protocol import get_protocol
 from stepcredit.train.engine import Sampling
@@ -290,139 +285,3 @@ class TrainConfig:
             f"at most the {self.questions_per_step * self.group_size} rollouts of a step",
             self.loss.minibatches,
         )
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name, e.g. {"steps": 10, "credit": "ig_search", "credit.alpha": 0.3, ...}."""
-    flat: dict[str, Any] = {}
-    for f in fields(config):
-        value, name = getattr(config, f.name), prefix + f.name
-        if not is_dataclass(value):
-            flat[name] = value
-            continue
-        if f.name == "credit":
-            flat[name] = next(known for known, make in METHODS.items() if type(make()) is type(value))
-        flat.update(flatten(value, name + "."))
-    return flat
-
-
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """`flatten`, with what JSON lacks (infinity, tuples) as the text of an override."""
-    return {
-        name: as_text(value) if isinstance(value, tuple) or value == math.inf else value
-        for name, value in flatten(config).items()
-    }
-
-
-def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that `to_json` wrote."""
-    return apply_overrides(TrainConfig(), [f"{name}={as_text(value)}" for name, value in values.items()])
-
-
-def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """A copy of `config` with "field=value" and "group.field=value" overrides applied, in any order, last one wins.
-
-    Values are parsed by the field's type: numbers (1e-5), true / false, none where a field may be empty, and the
-    allowed words of a choice. "credit=NAME" starts from that method's defaults.
-
-    Raises:
-        ValueError: not of the form field=value, unknown field (with the nearest match), or a value that does not
-            parse or is not allowed; the message names the field and the value.
-    """
-    changes: dict[str, str] = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"expected field=value, got {override!r}")
-        changes[name.strip()] = text  # white space may matter, as in an answer probe
-    if "credit" in changes:
-        config = replace(config, credit=get_method(changes.pop("credit")))
-    known = flatten(config)
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r}{nearest(name, known)}")
-    return cast(TrainConfig, _replace(config, changes, ""))
-
-
-def _replace(group: Any, changes: Mapping[str, str], prefix: str) -> Any:
-    hints = get_type_hints(type(group))
-    new: dict[str, Any] = {}
-    for f in fields(group):
-        name, value = prefix + f.name, getattr(group, f.name)
-        if is_dataclass(value):
-            inner = {n: text for n, text in changes.items() if n.startswith(name + ".")}
-            if inner:
-                new[f.name] = _replace(value, inner, name + ".")
-        elif name in changes:
-            new[f.name] = parse_value(name, changes[name], hints[f.name])
-    return replace(group, **new)
-
-
-def parse_value(name: str, text: str, hint: Any) -> Any:
-    """`text` as a value of type `hint`; ValueError naming the field and the text when it is none."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        if text.lower() == "none" and type(None) in get_args(hint):
-            return None
-        hint = next(a for a in get_args(hint) if a is not type(None))
-        origin = get_origin(hint)
-    if origin is Literal:
-        return _choice(name, text, get_args(hint))
-    if hint is str:
-        return text
-    if origin is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if hint is bool:
-        return _choice(name, text.lower(), ("true", "false")) == "true"
-    try:
-        return hint(text)
-    except ValueError:
-        raise ValueError(f"{name} must be {'an integer' if hint is int else 'a number'}, got {text!r}") from None
-
-
-def _choice(name: str, text: str, choices: Iterable[str]) -> str:
-    if text not in set(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}{nearest(text, choices)}")
-    return text
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", where a field of the same last name ("alpha": "credit.alpha") is nearest."""
-    leaves = {str(k): str(k).rpartition(".")[2] for k in known}
-    leaf = name.rpartition(".")[2]
-    near = [k for k, last in leaves.items() if last == leaf]
-    near = near or difflib.get_close_matches(name, leaves, n=1)
-    near = near or [k for k, last in leaves.items() if last in difflib.get_close_matches(leaf, leaves.values(), n=1)]
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def as_text(value: Any) -> str:
-    """A value as an override would write it: "none", "true", "2wiki,musique", "0.3"."""
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def describe_type(hint: Any) -> str:
-    """A field's type for the help: "int", "float or none", "token | sequence"."""
-    if get_origin(hint) is Literal:
-        return " | ".join(map(str, get_args(hint)))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join("none" if a is type(None) else describe_type(a) for a in get_args(hint))
-    return "a,b,..." if get_origin(hint) is tuple else str(hint.__name__)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """What the "Attributes:" section of a class's docstring says about each field, each on one line."""
-    docs: dict[str, str] = {}
-    names: list[str] = []
-    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    for line in section.splitlines():
-        if line and not line.startswith("    "):
-            break
-        if head := re.match(r" {4}(\w[\w, ]*): (.*)", line):
-            names = [n.strip() for n in head[1].split(",")]
-            docs.update(dict.fromkeys(names, head[2].strip()))
-        else:
-            docs.update({n: f"{docs[n]} {line.strip()}".strip() for n in names})
-    return docs

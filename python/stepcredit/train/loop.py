@@ -21,8 +21,9 @@ from stepcredit.evaluate import summarize
 from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
-from stepcredit.train.config import TrainConfig, to_json
+from stepcredit.train.config import TrainConfig
 from stepcredit.train.metrics import Clock, MetricsLog, outcome_metrics
+from stepcredit.train.overrides import to_json
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, frozen_copy
 from stepcredit.train.update import policy_update, supervised_step

@@ -13,8 +13,8 @@ from stepcredit.train.config import (
     SamplingConfig,
     TrainConfig,
     WarmStartConfig,
-    nearest,
 )
+from stepcredit.train.overrides import nearest
 from stepcredit.train.rewards import RewardWeights
 
 
