@@ -68,8 +68,9 @@ def test_the_command_runs_end_to_end(tmp_path, capsys):
     assert summary["tokens_forwarded"] > 1000
     assert 0 < summary["ig_seconds_share"] < 1
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["phase"] for line in lines] == ["warm_start"] * 30 + ["evaluation", "grpo", "grpo", "evaluation"]
-    assert summary["tokens_forwarded"] == sum(line["tokens_forwarded"] for line in lines)
+    phases = ["data", *["warm_start"] * 30, "evaluation", "grpo", "grpo", "evaluation"]
+    assert [line["phase"] for line in lines] == phases
+    assert summary["tokens_forwarded"] == sum(line["tokens_forwarded"] for line in lines[1:])
     undocumented = {name for line in lines for name in line if not documented(name)}
     assert undocumented == set()
     for line in lines[-3:-1]:
@@ -124,6 +125,8 @@ def test_the_help_teaches(capsys):
     out = capsys.readouterr().out
     for name in [*RECIPES, *METHODS, *flatten(TrainConfig()), "--resume"]:
         assert name in out
+    assert command.main(["tiny", "--help"]) == 0
+    assert "model.name=tiny" in capsys.readouterr().out
 
 
 # Credit into gradients

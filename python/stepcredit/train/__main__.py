@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from stepcredit.credit import METHODS
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.loop import train
-from stepcredit.train.overrides import apply_overrides, as_text, describe_type, field_docs, from_json
+from stepcredit.train.overrides import apply_overrides, as_text, describe_type, field_docs, flatten, from_json
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import RECIPES, get_recipe
 from stepcredit.train.setup import build
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe. Returns the exit code: 0, or 2 when an argument or a file it names is wrong."""
     arguments = _parser().parse_args(argv)
     if arguments.help:
-        print(help_text())
+        recipe = next((word for word in arguments.words if word in RECIPES), None)
+        print(help_text(recipe))
         return 0
     reporter = Reporter()
     transformers_logging.set_verbosity_error()
@@ -72,47 +74,50 @@ def _configure(arguments: argparse.Namespace) -> tuple[TrainConfig, Path]:
     return config, directory
 
 
-def help_text() -> str:
-    """The help: what to type, the recipes, and every field with its default and meaning."""
+def help_text(recipe: str | None = None) -> str:
+    """The help: what to type, the recipes, and every field with its meaning and its default, or a recipe's value."""
+    config = get_recipe(recipe) if recipe else TrainConfig()
     lines = [
         "Train a search agent with step-level credit.",
         "",
         "  python -m stepcredit.train                         the quickstart",
         "  python -m stepcredit.train RECIPE field=value ...  a recipe with some fields changed",
         "  python -m stepcredit.train --resume DIR            go on from the checkpoint of a run",
+        "  python -m stepcredit.train RECIPE --help           this, with the recipe's values",
         "",
         "For example: python -m stepcredit.train quickstart seed=1 steps=5 credit=search_r1",
         "",
         "Recipes:",
-        *(f"  {name:<12} {(recipe.__doc__ or '').strip()}" for name, recipe in RECIPES.items()),
+        *(f"  {name:<12} {_summary(make)}" for name, make in RECIPES.items()),
         "",
-        "Fields and their defaults (a recipe changes some):",
-        *_describe(TrainConfig(), ""),
+        "Credit methods, by credit=NAME:",
+        *(f"  {name:<16} {_summary(make)}" for name, make in METHODS.items()),
+        "",
+        f"Fields with the values of {recipe}:" if recipe else "Fields with their defaults (a recipe changes some):",
+        *_describe(config, ""),
     ]
-    for name, method in METHODS.items():
-        lines += ["", f"Fields of credit={name}: {(method.__doc__ or '').strip().splitlines()[0]}"]
-        lines += _describe(method(), "credit.")
+    for method in {type(make()): make() for make in METHODS.values()}.values():
+        method = config.credit if type(method) is type(config.credit) else method
+        lines += ["", f"credit of type {type(method).__name__}", *_describe(method, "credit.")]
     return "\n".join(lines)
 
 
 def _describe(group: Any, prefix: str) -> list[str]:
     docs, hints, lines = field_docs(type(group)), get_type_hints(type(group)), []
     for f in sorted(fields(group), key=lambda f: is_dataclass(getattr(group, f.name))):
-        value = getattr(group, f.name)
-        if f.name == "credit":
-            lines += ["", f"  credit=ig_search ({' | '.join(METHODS)})", f"      {docs[f.name]}"]
-        elif is_dataclass(value):
-            lines += [
-                "",
-                f"{(type(value).__doc__ or '').strip().splitlines()[0]}",
-                *_describe(value, f"{prefix}{f.name}."),
-            ]
+        value, name = getattr(group, f.name), prefix + f.name
+        if not is_dataclass(value):
+            lines += [f"  {name}={as_text(value)} ({describe_type(hints[f.name])})", f"      {docs[f.name]}"]
+        elif f.name == "credit":
+            lines += ["", f"  {name}={flatten(group)[name]} ({' | '.join(METHODS)})", f"      {docs[f.name]}"]
         else:
-            lines += [
-                f"  {prefix}{f.name}={as_text(value)} ({describe_type(hints[f.name])})",
-                f"      {docs.get(f.name, '')}",
-            ]
+            lines += ["", f"{name}: {_summary(type(value))}", *_describe(value, f"{name}.")]
     return lines
+
+
+def _summary(documented: Any) -> str:
+    """The first paragraph of a docstring on one line."""
+    return " ".join(inspect.cleandoc(documented.__doc__ or "").partition("\n\n")[0].split())
 
 
 if __name__ == "__main__":

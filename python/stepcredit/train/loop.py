@@ -22,7 +22,7 @@ from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
-from stepcredit.train.metrics import Clock, MetricsLog, outcome_metrics
+from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, frozen_copy
@@ -54,10 +54,11 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
         log.drop_after(state.step)
     else:
         state = State()
+        log.write({"phase": "data", **data_metrics(parts.dataset), "seconds": parts.seconds})
         warm_start(config, parts, state, log)
         reference = frozen_copy(parts.model) if config.loss.kl_coef > 0 else None
         state.before = evaluate(config, parts, state, log, "before")
-    earlier = state.seconds
+    started -= state.seconds + parts.seconds
 
     with parts.reporter.task("GRPO", config.steps) as advance:
         advance(state.step)
@@ -65,14 +66,14 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
             metrics = train_step(config, parts, state, step, reference)
             log.write(metrics)
             advance(1, f"reward {metrics['reward']:.2f}  EM {100 * float(metrics['em']):.1f}")
-            state.step, state.seconds = step + 1, earlier + time.perf_counter() - started
+            state.step, state.seconds = step + 1, time.perf_counter() - started
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                 save_checkpoint(checkpoint, parts.optimizer, state, reference)
 
     after = evaluate(config, parts, state, log, "after")
     parts.model.save_pretrained(directory / "model")
     parts.tokenizer.save_pretrained(directory / "model")
-    state.seconds = earlier + time.perf_counter() - started
+    state.seconds = time.perf_counter() - started
     summary = summarize_run(config, state, after)
     (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     parts.reporter.line(draw_curves(log.read(), directory / "curves.png"))

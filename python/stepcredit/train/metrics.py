@@ -11,12 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
+from stepcredit.data import Dataset
 from stepcredit.evaluate import summarize
 from stepcredit.rollout import Rollout
 
 #: Every name in `metrics.jsonl` and what it means; `<name>` stands for one of several.
 GLOSSARY: dict[str, str] = {
-    "phase": 'which part of the run the line belongs to: "warm_start", "evaluation" or "grpo"',
+    "phase": 'what the line is about: "data" (once, first), "warm_start", "evaluation" or "grpo"',
+    "data_passages": "passages of the corpus",
+    "data_train, data_dev, data_test": "questions of each split",
+    "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test",
     "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
     "when": 'of an evaluation: "before" or "after" the GRPO steps',
     "greedy_<name>, sampled_<name>": "of an evaluation: <name>, below, over greedy or sampled rollouts",
@@ -107,6 +111,12 @@ class MetricsLog:
         late = [m for m in self.read() if m["phase"] == "grpo" and int(m["step"]) > step]
         kept = [m for m in self.read() if m not in late and m.get("when") != "after"]
         self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+
+
+def data_metrics(dataset: Dataset) -> dict[str, float]:
+    """The size of a data set, and what its loader counted."""
+    sizes = {name: len(getattr(dataset, name)) for name in ("passages", "train", "dev", "test")}
+    return {f"data_{name}": float(count) for name, count in (sizes | dataset.counts).items()}
 
 
 def outcome_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -40,7 +40,7 @@ class TimedRetriever:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a run: built once, used by every phase."""
+    """The parts of a run: built once, used by every phase; `seconds` is what building them took."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ class Parts:
     optimizer: MasterAdamW
     scorer: PolicyScorer
     reporter: Reporter
+    seconds: float
 
 
 def build(config: TrainConfig, reporter: Reporter) -> Parts:
@@ -59,6 +60,7 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     Raises:
         ValueError, OSError, ImportError: something the user named is wrong or not there; the message says what.
     """
+    started = time.perf_counter()
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     dataset = load_data(config.data)
@@ -96,6 +98,7 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
         optimizer=MasterAdamW(model, **config.optimizer.adamw()),
         scorer=PolicyScorer(model, tokenizer, protocol),
         reporter=reporter,
+        seconds=time.perf_counter() - started,
     )
 
 
