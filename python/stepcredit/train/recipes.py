@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stepcredit.credit import IGSearch
+from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
     EnvironmentConfig,
     EvaluationConfig,
@@ -27,9 +28,15 @@ def quickstart() -> TrainConfig:
         group_size=8,
         environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40),
         sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
-        credit=IGSearch(center="batch"),
+        # Centred gains must stay centred: scaling the negative half would pay for every extra search again.
+        credit=IGSearch(center="batch", negative_scale=1.0),
         optimizer=OptimizerConfig(learning_rate=2e-5),
-        warm_start=WarmStartConfig(steps=15, batch=12, learning_rate=1e-4),
+        warm_start=WarmStartConfig(
+            steps=15,
+            batch=12,
+            learning_rate=1e-4,
+            mix=DemonstrationMix(good=0.25, question=0.25, one_hop=0.25, repeat=0.25),
+        ),
         evaluation=EvaluationConfig(questions=80),
     )
 
@@ -44,7 +51,7 @@ def smollm2() -> TrainConfig:
         environment=EnvironmentConfig(top_k=1, max_searches=3, passage_words=40),
         sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
         rewards=RewardWeights(f1=0.4, gold_hit=0.4, format=0.2),
-        credit=IGSearch(center="batch"),
+        credit=IGSearch(center="batch", negative_scale=1.0),
         optimizer=OptimizerConfig(learning_rate=2e-5),
         warm_start=WarmStartConfig(steps=15, batch=8, learning_rate=1e-4),
         evaluation=EvaluationConfig(questions=80),
@@ -62,7 +69,7 @@ def tiny() -> TrainConfig:
         environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40),
         sampling=SamplingConfig(max_turn_tokens=16, max_answer_tokens=8),
         rewards=RewardWeights(f1=1.0, gold_hit=0.5, format=0.2),
-        credit=IGSearch(center="batch"),
+        credit=IGSearch(center="batch", negative_scale=1.0),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         warm_start=WarmStartConfig(steps=60, batch=8, learning_rate=1e-2),
         evaluation=EvaluationConfig(questions=8),
