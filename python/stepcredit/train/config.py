@@ -151,7 +151,8 @@ class LossConfig:
         aggregation: "token" (every policy token of the batch weighs the same) or "sequence" (every rollout does).
         epochs: passes over a batch of rollouts.
         minibatches: optimizer steps per pass, each on its share of the rollouts.
-        max_tokens: padded tokens per forward and backward; bounds memory, changes nothing else.
+        max_tokens: padded tokens per forward and backward; bounds memory (about 1 MB a token for SmolLM2), changes
+            nothing else.
     """
 
     clip_low: float = 0.2
@@ -160,7 +161,7 @@ class LossConfig:
     aggregation: Literal["token", "sequence"] = "token"
     epochs: int = 1
     minibatches: int = 1
-    max_tokens: int = 2048
+    max_tokens: int = 1024
 
     def __post_init__(self) -> None:
         _at_least(self, "loss.", clip_low=0.0, clip_high=0.0, kl_coef=0.0, epochs=1, minibatches=1, max_tokens=1)
