@@ -1,4 +1,4 @@
-"""Questions and passages from JSON Lines files.
+"""Questions and passages from JSON Lines files, or from Hub data sets with the same fields (`data.hub`).
 
 A line of the corpus: `id`, `title`, `text` (strings; id and text not empty).
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stepcredit.data import Dataset
+from stepcredit.data.hub import PREFIX, hub_records
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import Question
 
@@ -39,7 +40,7 @@ def load_jsonl(questions: str | Path, corpus: str | Path, *, datasets: Collectio
     split: settings are tuned on one half and reported on the other.
 
     Args:
-        questions, corpus: files in the format above.
+        questions, corpus: files in the format above, or "hub:OWNER/NAME".
         datasets: keep only questions whose `dataset` is one of these; empty keeps all. What it leaves out is counted
             in `counts["other_dataset"]`.
 
@@ -140,7 +141,10 @@ def load_questions(
 
 
 def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank."""
+    """(line number from 1, object) of every line that is not blank, or of every row of a Hub data set."""
+    if str(path).startswith(PREFIX):
+        yield from hub_records(str(path))
+        return
     with open(path, "rb") as lines:  # so that a line that is not UTF-8 is named like any other bad line
         for number, line in enumerate(lines, start=1):
             if not line.strip():
