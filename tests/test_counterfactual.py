@@ -294,6 +294,15 @@ def test_unscored_steps_are_counted_and_lend_nothing():
     assert set(gains.draws) == {(), ((1, 1),) * 3, ((0, 1),) * 3}
 
 
+def test_answers_without_a_weighted_token_are_unscored_and_counted():
+    batch, policy = make()
+    # " Paris" and " e" have two tokens, " Rhône" has six.
+    gains = score_steps(batch, policy, head_tokens=2, head_weight=0.0)
+    assert gains.scored.tolist() == [True] * 3 + [False] * 4
+    assert gains.gain.isnan().tolist() == [False] * 3 + [True] * 4
+    assert (gains.counts["scored"], gains.counts["unscored_no_weight"]) == (3, 4)
+
+
 def test_too_long_for_the_model_or_the_limit():
     batch, policy = make()
     longest = max(len(r.tokens) for r in batch.rollouts)

@@ -123,8 +123,21 @@ def test_nothing_found():
 
 
 def test_passages_are_cut_to_words():
-    text = one(environment(passage_words=3, top_k=1), SEARCH).text
-    assert text == "\n<documents>\nLyon: about lyon one\n</documents>\n"
+    response = one(environment(passage_words=3, top_k=2), SEARCH)
+    assert response.text == "\n<documents>\nLyon: about lyon one\nLyon: about lyon one\n</documents>\n"
+    assert response.counts == {"cut_passages": 2}
+    assert one(environment(passage_words=5), SEARCH).counts == {}
+
+
+def test_a_long_title_is_cut_and_counted():
+    class Titled:
+        def search(self, queries, k):
+            rows = [[Passage("a", "x " * 9, "y"), Passage("b", "", "")]]
+            return Hits(np.ones((1, 2), np.float32), [["a", "b"]], rows)
+
+    response = one(environment(Titled(), passage_words=2, max_searches=1), SEARCH)
+    assert response.text == "\n<documents>\nx x: y\n: \n</documents>\n"
+    assert response.counts == {"cut_passages": 1, "forced_answers": 1}
 
 
 def test_a_retriever_that_loses_queries_is_an_error():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from stepcredit.protocol import PROTOCOLS, get_protocol
@@ -132,6 +134,18 @@ def test_a_tag_split_over_two_lines_of_documents_is_neutralised():
     assert not SEARCH_R1.closes(text)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+@pytest.mark.parametrize("tag", ["<", "</", "< /", "<search", "</search", "</documents"])
+def test_long_whitespace_in_a_tag_costs_no_time(protocol, tag):
+    text = tag + " " * 20_000
+    start = time.perf_counter()
+    protocol.documents([Passage("p", text, text)])
+    protocol.parse_turn(text)
+    protocol.parse_turn(text, forced_answer=True)
+    protocol.closes(text)
+    assert time.perf_counter() - start < 0.5
+
+
 def test_no_passages():
     assert SEARCH_R1.documents([]) == "\n<information>\n(no passages found)\n</information>\n"
 
@@ -170,6 +184,8 @@ def test_chat_prompt():
         for tag in ("think", "search", "answer", protocol.documents_tag):
             assert f"<{tag}>" in protocol.instruction
             assert f"</{tag}>" in protocol.instruction
+    with pytest.raises(ValueError, match=r"question 'q' holds '<\|end\|>', a special token of the tokenizer"):
+        SEARCH_R1.prompt(Question("q", "Who <|end|>?", ("x",)), tokenizer, "chat")
     with pytest.raises(ValueError, match="style must be 'plain' or 'chat', got 'fancy'"):
         SEARCH_R1.prompt(question, wordpiece(), "fancy")
 

@@ -10,7 +10,8 @@ from stepcredit.environments.search import Response
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import ENVIRONMENT_KINDS, Question, Search, Span, SpanKind
-from stepcredit.train.engine.transcript import Transcript, boundaries, decode
+from stepcredit.tokens import decode
+from stepcredit.train.engine.transcript import Transcript
 from tokenizers_under_test import BUILT
 
 REFINE = PROTOCOLS["refine"]
@@ -138,21 +139,6 @@ def test_queries_of_several_bytes_per_character(query):
         # One run of tokens: no byte of a character falls out of the query.
         assert [s.step for s in spans] == [0]
         assert query in decode(tokenizer, rollout.tokens[spans[0].start : spans[0].stop])
-
-
-def test_boundaries_of_cut_characters():
-    tokenizer = BUILT["byte_bpe"]()
-    ids = [i for byte in "a€b".encode() for i in [tokenizer.convert_tokens_to_ids(_byte_token(byte))]]
-    assert boundaries(tokenizer, ids, "a€b") == [0, 1, 1, 1, 2, 3]
-    assert boundaries(tokenizer, [], "") == [0]
-    cut = decode(tokenizer, ids[:2])  # ends inside a character
-    assert boundaries(tokenizer, ids[:2], cut) == [0, 1, 2]
-
-
-def _byte_token(byte):
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return bytes_to_unicode()[byte]
 
 
 def test_any_token_sequence_tiles(tokenizer):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Literal
 
 from stepcredit.packing import TokenTree
 from stepcredit.rollout import Rollout, Span, SpanKind
 from stepcredit.scorer import PolicyScorer
+from stepcredit.tokens import boundaries
 
 TrunkMode = Literal["rollout", "skeleton"]
 
 #: Why a step can be unscored; `StepGains.counts` counts each as "unscored_<reason>".
-REASONS = ("no_documents", "short_documents", "empty_pool", "no_answer", "too_long")
+REASONS = ("no_documents", "short_documents", "empty_pool", "no_answer", "too_long", "no_weight")
 
 #: Passages of fewer characters than this, tags aside, are no evidence (IG-Search's released code).
 MIN_CHARACTERS = 10
@@ -113,7 +113,7 @@ def read_trunk(rollout: Rollout, policy: PolicyScorer, mode: TrunkMode) -> Trunk
 
 def _inner_text(rollout: Rollout, documents: Span, policy: PolicyScorer) -> str:
     text = policy.decode(rollout.tokens[documents.start : documents.stop])
-    return re.sub(rf"<\s*/?\s*{re.escape(policy.protocol.documents_tag)}\s*>", "", text).strip()
+    return re.sub(rf"<\s*(?:/\s*)?{re.escape(policy.protocol.documents_tag)}\s*>", "", text).strip()
 
 
 def _query(rollout: Rollout, step: int, policy: PolicyScorer) -> tuple[Place, Place]:
@@ -166,11 +166,7 @@ def _block(rollout: Rollout, first: int, last: int, tag: str, policy: PolicyScor
 def _offsets(ids: Sequence[int], policy: PolicyScorer) -> tuple[str, list[int]]:
     """The text of `ids`, and how much of it the first 0, 1, 2, ... of them carry."""
     text = policy.decode(ids)
-    ends = []
-    for i in range(len(ids)):
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(policy.decode(ids[:i]), text, strict=False))
-        ends.append(sum(1 for _ in same))
-    return text, [*ends, len(text)]
+    return text, boundaries(policy.tokenizer, ids, text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,8 @@ class StepGains:
         draws: for each step, the (rollout, step) whose passages stood in; empty unless baseline="random".
         counts: "steps", "scored", "pool_size" (steps whose passages can be drawn), "pool_fallback", "pool_repeated",
             and why steps are unscored: "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool",
-            "unscored_no_answer" (no gold answer has a token), "unscored_too_long".
+            "unscored_no_answer" (no gold answer has a token), "unscored_too_long", "unscored_no_weight" (no token of
+            the best answer has a weight).
         tokens_forwarded: tokens run through the model: "trunk", "real" leaves, "counterfactual" leaves.
         seconds: wall time of the scoring.
         logprobs: float32 [T] when asked for: log-probs of the policy's tokens, 0 where the environment wrote.
@@ -158,7 +159,6 @@ def score_steps(
             counts[f"unscored_{planned}"] += 1
         else:
             branches[key] = planned
-    counts["scored"] = len(branches)
 
     trees, reads, forwarded = [], {}, Counter(trunk=0, real=0, counterfactual=0)
     for b, rollout in enumerate(rollouts):
@@ -182,6 +182,8 @@ def score_steps(
 
     logprobs = policy.logprobs(trees, max_tokens=max_tokens).to(batch.tokens.device)
     gain, counterfactual = _gains(steps, trees, reads, logprobs, head_tokens, head_weight)
+    counts["scored"] = int(gain.scored.sum())
+    counts["unscored_no_weight"] = len(branches) - counts["scored"]
     return StepGains(
         rollout=batch.step_rollout,
         step=batch.step_index,

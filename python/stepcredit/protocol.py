@@ -12,7 +12,6 @@ environment text: its tags typed by the policy stay policy text and are counted 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from typing import TYPE_CHECKING, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from stepcredit._names import nearest
 from stepcredit.rollout import Question, SpanKind
+from stepcredit.tokens import encode
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Passage
@@ -109,20 +110,28 @@ class Protocol:
                 "chat" puts the instruction and the question into the tokenizer's chat template.
 
         Raises:
-            ValueError: unknown style, or "chat" with a tokenizer that has no chat template.
+            ValueError: unknown style; "chat" with a tokenizer that has no chat template, or with a question that holds
+                the text of a special token (a template is encoded as one text, so that it would become that token;
+                "plain" keeps it text). The message names the question and the token.
         """
         text = f"Question: {question.text.strip()}\n"
         if style == "chat":
             if tokenizer.chat_template is None:
                 raise ValueError("style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
+            special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+            if found := [token for token in special if token in text]:
+                raise ValueError(
+                    f"question {question.id!r} holds {found[0]!r}, a special token of the tokenizer, which "
+                    "style='chat' would feed as a control token: leave the question out, or use 'plain'"
+                )
             messages = [{"role": "user", "content": f"{self.instruction}\n{text}"}]
             return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if style != "plain":
             raise ValueError(f"style must be 'plain' or 'chat', got {style!r}")
-        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = encode(tokenizer, text)
         # Only a leading BOS: tokenizers of encoders would also close the prompt with a separator.
         bos = tokenizer.bos_token_id
-        return [bos, *ids] if bos is not None and tokenizer.encode("a")[:1] == [bos] else list(ids)
+        return [bos, *ids] if bos is not None and tokenizer.encode("a")[:1] == [bos] else ids
 
     def parse_turn(self, text: str, forced_answer: bool = False) -> Turn:
         """Parse the policy's text since the environment last spoke.
@@ -191,18 +200,19 @@ class Protocol:
         return f"\n<{self.documents_tag}>\n{safe}\n</{self.documents_tag}>\n"
 
 
-# Whitespace inside a tag is tolerated: WordPiece decoders insert it.
+# Whitespace inside a tag is tolerated: WordPiece decoders insert it. No two `\s*` can meet, so that a search is linear
+# in the length of the text, which strangers wrote.
 _CLOSER = re.compile(r"<\s*/\s*(?:search|answer)\s*>")
 _ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
-_ANY_TAG = re.compile(r"<\s*/?\s*(?:think|search|answer|refine|information|documents)\s*>", re.IGNORECASE)
+_ANY_TAG = re.compile(r"<\s*(?:/\s*)?(?:think|search|answer|refine|information|documents)\s*>", re.IGNORECASE)
 
 
 @lru_cache(maxsize=64)
 def _tags(protocol: Protocol) -> tuple[re.Pattern[str], re.Pattern[str]]:
     names = ["think", "search", "answer"] + ([protocol.refine_tag] if protocol.refine_tag else [])
     return (
-        re.compile(rf"<\s*/?\s*{re.escape(protocol.documents_tag)}\s*>"),
-        re.compile(rf"<\s*(/?)\s*({'|'.join(map(re.escape, names))})\s*>"),
+        re.compile(rf"<\s*(?:/\s*)?{re.escape(protocol.documents_tag)}\s*>"),
+        re.compile(rf"<\s*(?:(/)\s*)?({'|'.join(map(re.escape, names))})\s*>"),
     )
 
 
@@ -229,7 +239,5 @@ PROTOCOLS: dict[str, Protocol] = {
 def get_protocol(name: str) -> Protocol:
     """The grammar of this name; ValueError naming the nearest one when there is none."""
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown protocol {name!r}, known: {', '.join(PROTOCOLS)}{hint}")
+        raise ValueError(f"unknown protocol {name!r}, known: {', '.join(PROTOCOLS)}{nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]

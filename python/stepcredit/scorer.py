@@ -15,6 +15,7 @@ from stepcredit.ops import gather_logprobs, tree_attention
 from stepcredit.ops.tree_attention import TreeLayout
 from stepcredit.packing import Bin, TokenTree, pack
 from stepcredit.protocol import Protocol, get_protocol
+from stepcredit.tokens import decode, encode
 
 #: Name under which the tree attention is registered with transformers.
 ATTENTION = "stepcredit_tree"
@@ -129,12 +130,12 @@ class PolicyScorer:
         return None if limit is None else int(limit)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text of its own: nothing added, and nothing in it read as a special token."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        """`tokens.encode` with the policy's tokenizer."""
+        return encode(self.tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included, spaces as they are."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        """`tokens.decode` with the policy's tokenizer."""
+        return decode(self.tokenizer, ids)
 
     @torch.no_grad()
     def logprobs(self, trees: Sequence[TokenTree], *, max_tokens: int = 16384) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
+from stepcredit._names import nearest
 from stepcredit.credit.base import Credit, CreditMethod
 from stepcredit.credit.ig_search import IGSearch
 from stepcredit.credit.search_r1 import SearchR1
@@ -21,9 +21,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
 def get_method(name: str) -> CreditMethod:
     """The method of this name with its defaults; ValueError with the nearest name when there is none."""
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown credit method {name!r}, known: {', '.join(METHODS)}{hint}")
+        raise ValueError(f"unknown credit method {name!r}, known: {', '.join(METHODS)}{nearest(name, METHODS)}")
     return METHODS[name]()
 
 

@@ -26,7 +26,7 @@ class Response:
         done: the rollout ends here; nothing is appended.
         fault: the turn was a fault (see `SearchEnvironment`).
         counts: what happened, by name: "invalid_turns", "empty_queries", "failed_retrievals", "empty_results",
-            "empty_answers", "excess_searches", "forced_answers".
+            "empty_answers", "excess_searches", "forced_answers", "cut_passages" (passages that lost words).
     """
 
     text: str = ""
@@ -52,7 +52,7 @@ class SearchEnvironment:
         protocol: the tag grammar.
         top_k: passages per query.
         max_searches: executed searches per rollout.
-        passage_words: cut passage texts to this many words; None leaves them whole.
+        passage_words: cut titles and texts of passages to this many words each; None leaves them whole.
         force_answer: open the answer when searches or faults are used up; where False the rollout then ends.
         max_invalid: faults that are answered with a notice only.
     """
@@ -142,8 +142,11 @@ class SearchEnvironment:
         if failed:
             text, kind, counts = self.protocol.failed_notice, SpanKind.NOTICE, {"failed_retrievals": 1}
         else:
-            text, kind = self.protocol.documents([self._cut(p) for p in passages]), SpanKind.DOCUMENTS
+            shown = [self._cut(p) for p in passages]
+            text, kind = self.protocol.documents([p for p, _ in shown]), SpanKind.DOCUMENTS
             counts = {} if passages else {"empty_results": 1}
+            if cut := sum(was_cut for _, was_cut in shown):
+                counts["cut_passages"] = cut
         forced = self.force_answer and step + 1 >= self.max_searches
         if forced:
             counts["forced_answers"] = 1
@@ -159,7 +162,11 @@ class SearchEnvironment:
             return Response("\n", forced_answer=True, fault=True, counts={name: 1, "forced_answers": 1})
         return Response(done=True, fault=True, counts={name: 1})
 
-    def _cut(self, passage: Passage) -> Passage:
-        if self.passage_words is None:
-            return passage
-        return replace(passage, text=" ".join(passage.text.split()[: self.passage_words]))
+    def _cut(self, passage: Passage) -> tuple[Passage, bool]:
+        """The passage as it is shown, and whether it lost words."""
+        limit = self.passage_words
+        if limit is None:
+            return passage, False
+        title, text = passage.title.split(), passage.text.split()
+        shown = replace(passage, title=" ".join(title[:limit]), text=" ".join(text[:limit]))
+        return shown, max(len(title), len(text)) > limit

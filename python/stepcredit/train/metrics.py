@@ -39,7 +39,8 @@ GLOSSARY: dict[str, str] = {
     "finish_<reason>": "rollouts that ended answered, unclosed (no closed answer) or at the end of the context",
     "searches": "executed searches per rollout",
     "count_<name>": "events over all rollouts: invalid_turns, empty_queries, empty_answers, forged_tags (environment "
-    "tags typed by the policy), failed_retrievals, empty_results, excess_searches, forced_answers",
+    "tags typed by the policy), failed_retrievals, empty_results, excess_searches, forced_answers, cut_passages "
+    "(passages that lost words)",
     "policy_tokens": "tokens the policy wrote, per rollout",
     "length": "tokens per rollout, prompt and environment included",
     "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",

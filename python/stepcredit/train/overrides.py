@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from stepcredit._names import nearest
 from stepcredit.credit import METHODS, get_method
 from stepcredit.train.config import TrainConfig
 
@@ -107,16 +107,6 @@ def _choice(name: str, text: str, choices: Iterable[str]) -> str:
     if text not in set(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {text!r}{nearest(text, choices)}")
     return text
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", where a field of the same last name ("alpha": "credit.alpha") is nearest."""
-    leaves = {str(k): str(k).rpartition(".")[2] for k in known}
-    leaf = name.rpartition(".")[2]
-    near = [k for k, last in leaves.items() if last == leaf]
-    near = near or difflib.get_close_matches(name, leaves, n=1)
-    near = near or [k for k, last in leaves.items() if last in difflib.get_close_matches(leaf, leaves.values(), n=1)]
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def as_text(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from stepcredit._names import nearest
 from stepcredit.credit import IGSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
@@ -15,7 +16,6 @@ from stepcredit.train.config import (
     TrainConfig,
     WarmStartConfig,
 )
-from stepcredit.train.overrides import nearest
 from stepcredit.train.rewards import RewardWeights
 
 

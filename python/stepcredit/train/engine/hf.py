@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stepcredit.environments.search import SearchEnvironment
 from stepcredit.protocol import PromptStyle, Protocol
 from stepcredit.rollout import Question, Rollout
+from stepcredit.tokens import decode
 from stepcredit.train.engine.cache import SlotCache, attention_mask
 from stepcredit.train.engine.sampling import Sampling, Uniforms, draw
-from stepcredit.train.engine.transcript import Transcript, decode
+from stepcredit.train.engine.transcript import Transcript
 
 #: Tokens that are decoded to see whether a tag has just closed; a tag spelt byte by byte fits.
 _TAIL = 24

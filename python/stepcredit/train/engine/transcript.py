@@ -12,29 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from stepcredit.environments.search import Response
 from stepcredit.protocol import Piece, Protocol, Turn
 from stepcredit.rollout import Question, Rollout, Search, Span, SpanKind
+from stepcredit.tokens import boundaries, decode, encode
 
 # Who owns a token that carries visible characters of several kinds; tags own it only when nothing else does.
 _PRIORITY = {SpanKind.QUERY: 3, SpanKind.ANSWER: 2, SpanKind.REFINE: 1, SpanKind.THINK: 0, SpanKind.TAG: -1}
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of `ids`, special tokens included, spaces as they are."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def boundaries(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:
-    """Where each token ends in `text = decode(ids)`: n+1 character offsets for n tokens, non-decreasing, by decoding
-    every prefix. A token that only completes a character with its successors ends where it starts."""
-    offsets = [0]
-    for i in range(1, len(ids)):
-        prefix = decode(tokenizer, ids[:i])
-        at = offsets[-1]
-        # What an earlier prefix agreed on may be rewritten (cut characters, spaces before punctuation): never go back.
-        if prefix[:at] == text[:at]:
-            while at < min(len(prefix), len(text)) and prefix[at] == text[at]:
-                at += 1
-        offsets.append(at)
-    return [*offsets, len(text)] if ids else offsets
 
 
 def token_kinds(text: str, offsets: Sequence[int], pieces: Sequence[Piece]) -> list[SpanKind]:
@@ -116,7 +97,7 @@ class Transcript:
 
         Strings that look like special tokens stay text: retrieved passages must not smuggle in control tokens.
         """
-        ids = self._encode(text)
+        ids = encode(self.tokenizer, text)
         self._next_step = max(self._next_step, step + 1)
         self._append(ids, kind, step)
         return ids
@@ -134,8 +115,8 @@ class Transcript:
         """
         self.counts.update(response.counts)
         step = response.search.step if response.search and response.kind is SpanKind.DOCUMENTS else -1
-        message = self._encode(response.text)
-        opener = self._encode(self.protocol.answer_opener) if response.forced_answer else []
+        message = encode(self.tokenizer, response.text)
+        opener = encode(self.tokenizer, self.protocol.answer_opener) if response.forced_answer else []
         if len(message) + len(opener) >= room:
             return None
         if response.search is not None:
@@ -163,9 +144,6 @@ class Transcript:
             searches=self.searches,
             counts=dict(self.counts),
         )
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _append(self, ids: list[int], kind: SpanKind, step: int) -> None:
         self._extend(kind, len(ids), step)
