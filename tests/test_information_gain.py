@@ -61,6 +61,29 @@ def test_ragged(data):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_strided(impl):
+    args = make([2, 4, 1, 6, 3, 5], [4, 2], [1, 1])
+    wide = [torch.stack([t, t.flip(0)], dim=1)[:, 0] for t in args]
+    assert not any(t.is_contiguous() for t in wide)
+    out = verify(wide, impl, 3, 3.0)
+    for got, expected in zip(out, information_gain(*args, head_tokens=3, head_weight=3.0, impl=impl), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("at", range(7))
+def test_planted_extreme(impl, at):
+    logprobs, *layout = make([3] * 7, [3, 2, 2], [2, 1])
+    logprobs[3 * at + 1] = -1e30
+    out = verify((logprobs, *layout), impl)
+    others = torch.arange(7) != at
+    assert out.scores[at].item() == pytest.approx(-1e30 / 3)
+    assert (out.scores[others] >= -5).all()  # no other branch is touched
+    if at == 0:
+        assert out.best_variant[0] == 1  # the other gold answer is the better one
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_zero_when_nothing_changes(impl):
     logprobs = torch.tensor([-1.0, -2.5, -0.5]).repeat(4)
     out = information_gain(logprobs, offsets([3] * 4), offsets([4]), offsets([1]), impl=impl)

@@ -148,6 +148,13 @@ def test_unscored_masked_and_empty_steps_get_no_bonus(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_written_by_the_policy_gets_nothing(impl):
+    batch = make([6, 6], [0, 0], steps=2)
+    batch["policy_mask"] = torch.zeros(12, dtype=torch.bool)
+    assert torch.equal(verify(batch, impl), torch.zeros(12))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_framework_parity_presets(impl):
     """Hand-written formulas of verl / Search-R1, TRL and OpenRLHF on a group of four."""
     r = torch.tensor([1.0, 0.0, 0.0, 0.5], dtype=torch.float64)

