@@ -19,8 +19,9 @@ from stepcredit.train.config import LossConfig, TrainConfig
 from stepcredit.train.loop import derive_seed, questions_of_step, summary_line, train
 from stepcredit.train.metrics import documented
 from stepcredit.train.overrides import flatten
-from stepcredit.train.policy import micro_batches, policy_logprobs, resolve_dtype, used_lengths
+from stepcredit.train.policy import policy_logprobs, resolve_dtype
 from stepcredit.train.recipes import RECIPES
+from stepcredit.train.rows import pack_rows, used_lengths
 from stepcredit.train.setup import frozen_copy
 from stepcredit.train.update import policy_update, share_weights
 from tiny_run import gradients, played, same, tiny_config, tiny_parts
@@ -165,7 +166,10 @@ def test_a_rollout_is_run_to_its_last_token_with_an_advantage():
     queries = torch.where(batch.step_ids >= 0, torch.ones_like(credit.advantages), 0)
     (one,), metrics = update(Credit(queries))
     last = [max(s.stop for s in r.spans if s.kind is SpanKind.QUERY) for r in batch.rollouts]
-    assert metrics["tokens_forwarded"] == sum(last) < batch.tokens.numel()
+    prefixes = {
+        (r.group, *r.tokens[:n]) for r, stop in zip(batch.rollouts, last, strict=True) for n in range(1, stop + 1)
+    }
+    assert metrics["tokens_forwarded"] == len(prefixes) < sum(last) < batch.tokens.numel()
     tiny = torch.where(batch.policy_mask & (queries == 0), 1e-30, queries)
     (other,), _ = update(Credit(tiny))
     for name, gradient in other.items():
@@ -285,25 +289,13 @@ def test_logprobs_of_training_are_those_of_sampling_at_any_temperature():
     for rollout in rollouts:
         rollout.rewards["total"] = 0.0
     batch = RolloutBatch.pack(rollouts)
-    lengths = used_lengths(batch, batch.policy_mask)
-    position, logprobs = policy_logprobs(parts.model, batch, batch.policy_mask, range(len(batch)), lengths, 0.7)
+    rows = pack_rows(batch, used_lengths(batch, batch.policy_mask), 512)
+    position, logprobs = policy_logprobs(parts.model, batch, batch.policy_mask, rows, 0.7)
     assert position.numel() == int(batch.policy_mask.sum())
     torch.testing.assert_close(logprobs.detach(), batch.sampling_logprobs[position], rtol=0, atol=2e-5)
 
 
 # Small parts
-
-
-def test_micro_batches_hold_every_rollout_once_within_the_budget():
-    lengths = [5, 0, 300, 120, 118, 60, 7, 2000]
-    batches = micro_batches(lengths, 400)
-    assert sorted(i for batch in batches for i in batch) == [0, 2, 3, 4, 5, 6, 7]
-    assert [7] in batches  # longer than the budget: alone
-    assert all(len(b) * lengths[b[0]] <= 400 for b in batches if b != [7])
-    assert micro_batches([], 10) == []
-    # Splitting costs as much as padding the short one by the same number of tokens.
-    assert len(micro_batches([100, 100 - 63], 400)) == 1
-    assert len(micro_batches([100, 100 - 65], 400)) == 2
 
 
 def test_questions_come_from_shuffled_epochs():

@@ -1,14 +1,14 @@
-"""The policy in training: loading it, and the log-probs of what it wrote, with gradients."""
+"""The policy in training: loading it, and the log-probs of what it wrote, with gradients. U counts distinct tokens."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -25,14 +25,7 @@ from stepcredit.assets import resolve_model
 from stepcredit.ops import gather_logprobs
 from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import head_options
-
-#: What a micro-batch costs beside its tokens (collecting a set of gradients), in tokens; measured with 135M parameters
-#: on two CPU cores.
-MICRO_BATCH_COST = 64
-
-#: Up to this many tokens a row, eager attention trains faster on the CPU than the fused kernel: forward and backward of
-#: 12 x 100 tokens in bfloat16 took 13 ms against 47, of 3 x 400 tokens 44 against 65.
-EAGER_LENGTH = 512
+from stepcredit.train.rows import EAGER_LENGTH, Row, row_inputs
 
 
 def resolve_device(name: str) -> torch.device:
@@ -40,9 +33,12 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"model.device must be a torch device such as 'cpu' or 'cuda:1', got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"model.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -109,77 +105,20 @@ def tiny_policy(texts: Iterable[str], seed: int) -> tuple[PreTrainedModel, PreTr
         return LlamaForCausalLM(config), tokenizer
 
 
-def used_lengths(batch: RolloutBatch, used_T: torch.Tensor) -> list[int]:
-    """How many leading tokens of each rollout must be run to reach its last used token; 0 where none is used.
-
-    Args:
-        batch: packed rollouts, T tokens in all.
-        used_T: bool [T].
-    """
-    used = used_T.cpu().numpy()
-    starts = batch.cu_seqlens.tolist()
-    places = [used[start:stop].nonzero()[0] for start, stop in pairwise(starts)]
-    return [int(at[-1]) + 1 if len(at) else 0 for at in places]
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split rollouts into padded micro-batches at the least cost: padded tokens plus `MICRO_BATCH_COST` for each.
-
-    Args:
-        lengths: tokens of each rollout; those of length 0 are in no micro-batch.
-        max_tokens: padded tokens of a micro-batch; a longer rollout is alone in one.
-
-    Returns:
-        Indices into `lengths`, longest first; deterministic.
-    """
-    order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
-    cost, cut = [0.0], [0]  # of the first `stop` rollouts; where the last of their micro-batches begins
-    for stop in range(1, len(order) + 1):
-        starts = [k for k in range(stop) if k == stop - 1 or (stop - k) * lengths[order[k]] <= max_tokens]
-        best = min(starts, key=lambda k: cost[k] + (stop - k) * lengths[order[k]])
-        cost.append(cost[best] + (stop - best) * lengths[order[best]] + MICRO_BATCH_COST)
-        cut.append(best)
-    batches: list[list[int]] = []
-    stop = len(order)
-    while stop:
-        batches.append(order[cut[stop] : stop])
-        stop = cut[stop]
-    return batches[::-1]
-
-
-@contextmanager
-def training_attention(model: PreTrainedModel, longest: int) -> Iterator[None]:
-    """Attention as plain matrix products where they are faster than torch's fused kernel: short rows on the CPU."""
-    before = model.config._attn_implementation
-    eager = model.device.type == "cpu" and before == "sdpa" and longest <= EAGER_LENGTH
-    if eager:
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if eager:
-            model.set_attn_implementation(before)
-
-
 def policy_logprobs(
-    model: PreTrainedModel,
-    batch: RolloutBatch,
-    used_T: torch.Tensor,
-    members: Sequence[int],
-    lengths: Sequence[int],
-    temperature: float,
+    model: PreTrainedModel, batch: RolloutBatch, used_T: torch.Tensor, rows: Sequence[Row], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the used tokens of some rollouts of a batch, by one padded forward.
 
-    Rollouts are padded on the right, where causal attention never looks, so no mask of the padding is needed. The LM
-    head runs on the rows that predict a used token, and on no others.
+    A prefix that rollouts share is run once, and what it computes is theirs in forward and backward alike. Rows are
+    padded on the right, where causal attention never looks. The LM head runs on the rows that predict a used token,
+    and on no others.
 
     Args:
         model: a causal language model.
         batch: packed rollouts, T tokens in all.
         used_T: bool [T], the tokens whose log-probs are wanted; never a rollout's first.
-        members: indices of the rollouts to run, together.
-        lengths: `used_lengths(batch, used_T)`, how many leading tokens of each rollout of the batch to run.
+        rows: the rollouts to run, from `pack_rows(batch, used_lengths(batch, used_T), ...)`.
         temperature: the sampling temperature; log-probs are of the distribution at that temperature.
 
     Returns:
@@ -188,31 +127,57 @@ def policy_logprobs(
     Raises:
         FloatingPointError: the policy's hidden states or log-probs are not finite; names the question.
     """
-    starts = batch.cu_seqlens.tolist()
-    pieces = [batch.tokens[starts[b] : starts[b] + lengths[b]] for b in members]
-    hidden_BLH = model.base_model(
-        input_ids=torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), use_cache=False
-    ).last_hidden_state
-    rows, positions = [], []
-    for row, b in enumerate(members):
-        at = used_T[starts[b] : starts[b] + lengths[b]].nonzero().squeeze(1)
-        rows.append(row * hidden_BLH.shape[1] + at - 1)  # the hidden state before a token predicts it
-        positions.append(starts[b] + at)
-    position_N = torch.cat(positions)
-    hidden_NH = hidden_BLH.flatten(0, 1)[torch.cat(rows)]
-    check_finite("hidden states", hidden_NH.detach().sum(-1), batch, position_N)
+    device = batch.tokens.device
+    inputs = row_inputs(rows, model.dtype)
+    hidden_BLH = model.base_model(use_cache=False, **{k: v.to(device) for k, v in inputs.items()}).last_hidden_state
+    used, starts, width = used_T.cpu().numpy(), batch.cu_seqlens.tolist(), hidden_BLH.shape[1]
+    position, place, before = [], [], []
+    for number, row in enumerate(rows):
+        for b, nodes in row.nodes.items():
+            at = used[starts[b] : starts[b] + len(nodes)].nonzero()[0]
+            position.append(starts[b] + at)
+            place.append(number * width + nodes[at])
+            before.append(number * width + nodes[at - 1])  # the hidden state before a token predicts it
+    position_N = torch.from_numpy(np.concatenate(position)).to(device)
+    _, first, shared = np.unique(np.concatenate(place), return_index=True, return_inverse=True)
+    position_U = position_N[torch.from_numpy(first).to(device)]
+    hidden_UH = hidden_BLH.flatten(0, 1)[torch.from_numpy(np.concatenate(before)[first]).to(device)]
+    check_finite("hidden states", hidden_UH.detach().sum(-1), batch, position_U)
     head = model.get_output_embeddings()
     options: dict[str, Any] = head_options(model)
-    logprobs_N = gather_logprobs(
-        hidden_NH,
+    logprobs_U = gather_logprobs(
+        hidden_UH,
         head.weight,
-        batch.tokens[position_N],
+        batch.tokens[position_U],
         bias=getattr(head, "bias", None),
         temperature=temperature,
         **options,
     )
-    check_finite("log-probs", logprobs_N.detach(), batch, position_N)
-    return position_N, logprobs_N
+    check_finite("log-probs", logprobs_U.detach(), batch, position_U)
+    return position_N, logprobs_U[torch.from_numpy(shared).to(device)]
+
+
+def row_limit(model: PreTrainedModel, max_tokens: int) -> int:
+    """Tokens of a row that rollouts may share: within a sliding window, every ancestor is visible."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return min(max_tokens, EAGER_LENGTH, window or EAGER_LENGTH)
+
+
+@contextmanager
+def training_attention(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[None]:
+    """Attention as plain matrix products where torch's fused kernel is slower (short rows on the CPU) or cannot do it
+    (soft-capped scores)."""
+    before = model.config._attn_implementation
+    short = model.device.type == "cpu" and all(len(row.tokens) <= EAGER_LENGTH for row in rows)
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    eager = before == "sdpa" and (short or capped)
+    if eager:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if eager:
+            model.set_attn_implementation(before)
 
 
 def check_finite(what: str, values_N: torch.Tensor, batch: RolloutBatch, position_N: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """Optimizer steps: supervised on demonstrations, and the policy update on a batch of credited rollouts.
 
 A forward covers only what can receive a gradient. Attention is causal, so a rollout is run up to its last token with
-an advantage and not further, one without such a token is not run at all, and the LM head sees no other row: the
-gradient is that of the whole batch.
+an advantage and not further, one without such a token is not run at all, a prefix that rollouts share is run once, and
+the LM head sees no other row: the gradient is that of the whole batch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from stepcredit.rollout import RolloutBatch
 from stepcredit.train.config import LossConfig
 from stepcredit.train.loss import Aggregation, policy_loss, token_weights
 from stepcredit.train.optimizer import MasterAdamW
-from stepcredit.train.policy import micro_batches, policy_logprobs, training_attention, used_lengths
+from stepcredit.train.policy import policy_logprobs, row_limit, training_attention
+from stepcredit.train.rows import micro_batches, pack_rows, used_lengths
 
 
 def batch_logprobs(
     model: PreTrainedModel, batch: RolloutBatch, used_T: torch.Tensor, temperature: float, max_tokens: int
 ) -> torch.Tensor:
     """Log-probs [T] of the used tokens, without gradient; 0 elsewhere."""
-    lengths = used_lengths(batch, used_T)
+    rows = pack_rows(batch, used_lengths(batch, used_T), row_limit(model, max_tokens))
     logprobs_T = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-    with torch.no_grad(), training_attention(model, max(lengths)):
-        for members in micro_batches(lengths, max_tokens):
-            position_N, logprobs_N = policy_logprobs(model, batch, used_T, members, lengths, temperature)
+    with torch.no_grad(), training_attention(model, rows):
+        for micro in micro_batches(rows, max_tokens):
+            position_N, logprobs_N = policy_logprobs(model, batch, used_T, micro, temperature)
             logprobs_T[position_N] = logprobs_N
     return logprobs_T
 
@@ -42,19 +43,20 @@ def supervised_step(
     Returns:
         {"loss" (nats per policy token), "grad_norm", "tokens_forwarded"}.
     """
-    lengths = used_lengths(batch, batch.policy_mask)
-    weight = 1.0 / max(int(batch.policy_mask.sum()), 1)
+    used_T = batch.policy_mask
+    rows = pack_rows(batch, used_lengths(batch, used_T), row_limit(model, max_tokens))
+    weight = 1.0 / max(int(used_T.sum()), 1)
     total = 0.0
-    with training_attention(model, max(lengths)):
-        for members in micro_batches(lengths, max_tokens):
-            _, logprobs_N = policy_logprobs(model, batch, batch.policy_mask, members, lengths, 1.0)
+    with training_attention(model, rows):
+        for micro in micro_batches(rows, max_tokens):
+            _, logprobs_N = policy_logprobs(model, batch, used_T, micro, 1.0)
             loss = -weight * logprobs_N.sum()
             loss.backward()
             total += float(loss.detach())
     return {
         "loss": total,
         "grad_norm": optimizer.step(learning_rate),
-        "tokens_forwarded": float(sum(lengths)),
+        "tokens_forwarded": float(sum(len(row.tokens) for row in rows)),
     }
 
 
@@ -99,14 +101,14 @@ def policy_update(
         )
     used_T = batch.policy_mask if config.kl_coef > 0 else batch.policy_mask & (credit.advantages != 0)
     lengths = used_lengths(batch, used_T)
-    forwarded = config.epochs * sum(lengths)
+    limit = row_limit(model, config.max_tokens)
     old_T = reference_T = None
     if num_steps > 1:
         old_T = batch_logprobs(model, batch, used_T, temperature, config.max_tokens)
-        forwarded += sum(lengths)
     if config.kl_coef > 0 and reference is not None:
         reference_T = batch_logprobs(reference, batch, used_T, temperature, config.max_tokens)
-        forwarded += sum(lengths)
+    extra_passes = (old_T is not None) + (reference_T is not None)
+    forwarded = extra_passes * sum(len(row.tokens) for row in pack_rows(batch, lengths, limit))
 
     for auxiliary in credit.losses.values():
         auxiliary.backward()
@@ -114,10 +116,12 @@ def policy_update(
     for number in range(num_steps):
         share = torch.arange(len(batch)).tensor_split(config.minibatches)[number % config.minibatches].tolist()
         weights_T = share_weights(batch, share, config.aggregation)
-        chosen = [length if b in set(share) else 0 for b, length in enumerate(lengths)]
-        with training_attention(model, max(chosen)):
-            for members in micro_batches(chosen, config.max_tokens):
-                position_N, logprobs_N = policy_logprobs(model, batch, used_T, members, lengths, temperature)
+        chosen = set(share)
+        rows = pack_rows(batch, [length * (b in chosen) for b, length in enumerate(lengths)], limit)
+        forwarded += sum(len(row.tokens) for row in rows)
+        with training_attention(model, rows):
+            for micro in micro_batches(rows, config.max_tokens):
+                position_N, logprobs_N = policy_logprobs(model, batch, used_T, micro, temperature)
                 now_N = logprobs_N.detach()
                 loss, parts = policy_loss(
                     logprobs_N,
