@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from stepcredit._validate import at_least, choices, require
 from stepcredit.contexts import TrunkMode
 from stepcredit.counterfactual import Baseline, StepGains, score_steps
 from stepcredit.credit.base import Credit, mean, outcome_metrics
@@ -80,6 +82,13 @@ class IGSearch:
     ddof: int = 1
     scale: Literal["std", "none"] = "std"
     singleton: Literal["zero", "reward"] = "reward"
+
+    def __post_init__(self) -> None:
+        choices(self, "credit.")
+        at_least(self, "credit.", num_random=1, dead_zone=0, negative_scale=0, head_tokens=0, head_weight=0)
+        at_least(self, "credit.", max_variants=1, seed=0, max_tokens=1, max_context=1, eps=0, ddof=0)
+        require(math.isfinite(self.alpha), "credit.alpha", "finite", self.alpha)
+        require(self.soft_clip > 0, "credit.soft_clip", "positive", self.soft_clip)
 
     @classmethod
     def paper(cls) -> IGSearch:

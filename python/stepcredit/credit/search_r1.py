@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stepcredit._validate import at_least, choices
 from stepcredit.credit.base import Credit, outcome_metrics
 from stepcredit.ops import masked_advantages
 from stepcredit.rollout import RolloutBatch
@@ -28,6 +29,10 @@ class SearchR1:
     ddof: int = 1
     scale: Literal["std", "none"] = "std"
     singleton: Literal["zero", "reward"] = "reward"
+
+    def __post_init__(self) -> None:
+        choices(self, "credit.")
+        at_least(self, "credit.", eps=0, ddof=0)
 
     def __call__(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0) -> Credit:
         advantages = masked_advantages(

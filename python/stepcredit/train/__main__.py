@@ -25,7 +25,7 @@ from stepcredit.train.setup import build
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe. Returns the exit code: 0, or 2 when an argument or a file it names is wrong."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)  # options and fields in any order
     if arguments.help:
         recipe = next((word for word in arguments.words if word in RECIPES), None)
         print(help_text(recipe))

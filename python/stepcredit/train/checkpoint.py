@@ -51,8 +51,12 @@ def save_checkpoint(
         save_file(dict(_named(reference)), scratch / "reference.safetensors")
     values = {name: getattr(state, name) for name in State.__slots__}
     (scratch / "state.json").write_text(json.dumps(values, indent=1))
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     scratch.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(directory: Path, optimizer: MasterAdamW, reference: PreTrainedModel | None = None) -> State:

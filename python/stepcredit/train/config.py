@@ -5,26 +5,15 @@ Every field is documented once, in the "Attributes:" section of its class; `--he
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stepcredit._validate import at_least, choices, require
 from stepcredit.credit import CreditMethod, IGSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.protocol import get_protocol
 from stepcredit.train.engine import Sampling
 from stepcredit.train.rewards import RewardWeights
-
-
-def _require(good: bool, name: str, rule: str, value: object) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
-def _at_least(group: object, prefix: str, **least: float) -> None:
-    for name, bound in least.items():
-        value = getattr(group, name)
-        _require(math.isfinite(value) and value >= bound, f"{prefix}{name}", f"at least {bound}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +32,8 @@ class ModelConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _require(bool(self.name.strip()), "model.name", "a model", self.name)
+        choices(self, "model.")
+        require(bool(self.name.strip()), "model.name", "a model", self.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +41,8 @@ class DataConfig:
     """Questions, passages, and how passages are found.
 
     Attributes:
-        questions: "atlas" (built at run time), or a JSONL file of questions.
-        corpus: the JSONL file of passages that goes with a file of questions.
+        questions: "atlas" (built at run time), a JSON Lines file of questions, or hub:OWNER/NAME.
+        corpus: the JSON Lines file (or hub:OWNER/NAME) of the passages that go with the questions.
         datasets: of a file of questions, use only these data sets (comma-separated); empty uses all.
         seed: of the atlas: which countries are held out and how questions are put.
         retriever: "bm25", or "dense" (an encoder and an exact index).
@@ -69,10 +59,13 @@ class DataConfig:
     convention: Literal["minilm", "e5", "bge", "gte"] = "minilm"
 
     def __post_init__(self) -> None:
-        if self.questions == "atlas":
-            _require(not self.corpus, "data.corpus", "empty with data.questions=atlas", self.corpus)
+        choices(self, "data.")
+        if self.questions in ("", "atlas"):  # empty: a recipe leaves it to the user, and building the run refuses it
+            require(
+                not self.corpus, "data.corpus", f"empty with data.questions={self.questions or 'nothing'}", self.corpus
+            )
         else:
-            _require(bool(self.corpus), "data.corpus", f"a file that goes with {self.questions!r}", self.corpus)
+            require(bool(self.corpus), "data.corpus", f"a file that goes with {self.questions!r}", self.corpus)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +91,9 @@ class EnvironmentConfig:
     max_invalid: int = 1
 
     def __post_init__(self) -> None:
+        choices(self, "environment.")
         get_protocol(self.protocol)
-        _at_least(self, "environment.", top_k=1, max_searches=0, max_invalid=0)
-        if self.passage_words is not None:
-            _at_least(self, "environment.", passage_words=1)
+        at_least(self, "environment.", top_k=1, max_searches=0, max_invalid=0, passage_words=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +115,7 @@ class SamplingConfig:
     max_batch: int = 64
 
     def __post_init__(self) -> None:
-        _at_least(self, "sampling.", max_batch=1)
+        at_least(self, "sampling.", max_batch=1)
         try:
             self.build(seed=0)
         except ValueError as error:
@@ -164,7 +156,8 @@ class LossConfig:
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        _at_least(self, "loss.", clip_low=0.0, clip_high=0.0, kl_coef=0.0, epochs=1, minibatches=1, max_tokens=1)
+        choices(self, "loss.")
+        at_least(self, "loss.", clip_low=0.0, clip_high=0.0, kl_coef=0.0, epochs=1, minibatches=1, max_tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,10 +180,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least(self, "optimizer.", learning_rate=0.0, warmup_steps=0, eps=0.0, weight_decay=0.0)
+        at_least(self, "optimizer.", learning_rate=0.0, warmup_steps=0, eps=0.0, weight_decay=0.0)
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "in [0, 1)", getattr(self, name))
-        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "positive", self.max_grad_norm)
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "in [0, 1)", getattr(self, name))
+        require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "positive", self.max_grad_norm)
 
     def adamw(self) -> dict[str, Any]:
         """The settings of `MasterAdamW`."""
@@ -223,7 +216,7 @@ class WarmStartConfig:
     mix: DemonstrationMix = field(default_factory=DemonstrationMix)
 
     def __post_init__(self) -> None:
-        _at_least(self, "warm_start.", steps=0, batch=1, learning_rate=0.0)
+        at_least(self, "warm_start.", steps=0, batch=1, learning_rate=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +234,8 @@ class EvaluationConfig:
     samples: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self, "evaluation.", questions=1, samples=0)
+        choices(self, "evaluation.")
+        at_least(self, "evaluation.", questions=1, samples=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,8 +273,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, "", seed=0, steps=0, questions_per_step=1, group_size=1, checkpoint_every=0)
-        _require(
+        at_least(self, "", seed=0, steps=0, questions_per_step=1, group_size=1, checkpoint_every=0)
+        require(
             self.loss.minibatches <= self.questions_per_step * self.group_size,
             "loss.minibatches",
             f"at most the {self.questions_per_step * self.group_size} rollouts of a step",

@@ -119,5 +119,7 @@ class MasterAdamW:
             master.copy_(tensors[f"master.{name}"])
             moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in moments.values()):
-                self.adamw.state[master] = {k: v.clone() for k, v in moments.items() if v is not None}
+                self.adamw.state[master] = {
+                    k: v.to(master.device, copy=True) for k, v in moments.items() if v is not None
+                }
         self.write_back()

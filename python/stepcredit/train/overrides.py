@@ -24,9 +24,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
             flat[name] = value
             continue
         if f.name == "credit":
-            flat[name] = next(known for known, make in METHODS.items() if type(make()) is type(value))
+            flat[name] = method_name(value)
         flat.update(flatten(value, name + "."))
     return flat
+
+
+def method_name(method: Any) -> str:
+    """The name under which a credit method is known, or that of its class when it is not."""
+    return next((name for name, make in METHODS.items() if type(make()) is type(method)), type(method).__name__)
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -46,7 +51,8 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
     """A copy of `config` with "field=value" and "group.field=value" overrides applied, in any order, last one wins.
 
     Values are parsed by the field's type: numbers (1e-5), true / false, none where a field may be empty, and the
-    allowed words of a choice. "credit=NAME" starts from that method's defaults.
+    allowed words of a choice. "credit=NAME" starts from that method's defaults, unless the configuration has that
+    method already.
 
     Raises:
         ValueError: not of the form field=value, unknown field (with the nearest match), or a value that does not
@@ -59,7 +65,9 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
             raise ValueError(f"expected field=value, got {override!r}")
         changes[name.strip()] = text  # white space may matter, as in an answer probe
     if "credit" in changes:
-        config = replace(config, credit=get_method(changes.pop("credit")))
+        name = changes.pop("credit")
+        if name != method_name(config.credit):  # the method a recipe has already keeps the recipe's constants
+            config = replace(config, credit=get_method(name))
     known = flatten(config)
     for name in changes:
         if name not in known:

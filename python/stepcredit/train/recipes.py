@@ -8,6 +8,7 @@ from stepcredit._names import nearest
 from stepcredit.credit import IGSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
+    DataConfig,
     EnvironmentConfig,
     EvaluationConfig,
     ModelConfig,
@@ -48,6 +49,7 @@ def smollm2() -> TrainConfig:
         steps=10,
         questions_per_step=4,
         group_size=8,
+        data=DataConfig(questions=""),
         environment=EnvironmentConfig(top_k=1, max_searches=3, passage_words=40),
         sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
         rewards=RewardWeights(f1=0.4, gold_hit=0.4, format=0.2),

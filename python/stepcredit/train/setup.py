@@ -104,6 +104,11 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
 
 def load_data(config: DataConfig) -> Dataset:
     """The data set of a configuration."""
+    if not config.questions:
+        raise ValueError(
+            "data.questions is empty: name questions and their passages, each a JSON Lines file or hub:OWNER/NAME, "
+            "with data.questions=... data.corpus=..."
+        )
     if config.questions == "atlas":
         from stepcredit.data.atlas import build_atlas
 

@@ -37,7 +37,7 @@ def play(
         environment: answers the turns.
         tokenizer: of the model that will learn from them.
         prompt_style: see `Protocol.prompt`.
-        max_context: tokens the model can attend to; a reply that does not fit ends the rollout as "context".
+        max_context: tokens the model can attend to; a turn or a reply that does not fit ends the rollout as "context".
 
     Returns:
         One rollout per demonstration, in order, each its own group.
@@ -49,7 +49,13 @@ def play(
     ]
     running = list(scripts)
     while running:
-        turns = [script.play_turn() for script in running]
+        turns = []
+        for script in list(running):
+            turn = script.play_turn(max_context)
+            if turn is None:
+                running.remove(script)
+            else:
+                turns.append(turn)
         responses = environment.respond(
             turns,
             [len(s.transcript.searches) for s in running],
@@ -81,7 +87,8 @@ class _Script:
     forced: bool = False
     end: tuple[str, str | None] | None = None
 
-    def play_turn(self) -> Turn:
+    def play_turn(self, max_context: int) -> Turn | None:
+        """The script's next turn; None when it does not fit the context, which ends the rollout."""
         queries, answer = self.demonstration.queries, self.demonstration.answer
         if self.forced:
             text = f" {answer} </answer>"
@@ -91,4 +98,7 @@ class _Script:
             text = f"<search> {queries[self.searched]} </search>"
             self.searched += 1
         ids = self.transcript.tokenizer.encode(text, add_special_tokens=False)
+        if len(self.transcript.tokens) + len(ids) > max_context:
+            self.end = ("context", None)
+            return None
         return self.transcript.add_policy(ids, [0.0] * len(ids), self.forced)
