@@ -55,7 +55,6 @@ information_gain_cpu_f64 = information_gain_cpu_f32
 def topk_search_cpu(
     *, tile: int, rows: int, num_queries: int, first_id: int, k: int, scores: int, ids: int, threads: int
 ) -> None: ...
-
 def gather_logprobs_fold_cpu_f32(
     *,
     logits: int,

@@ -165,8 +165,8 @@ def masked_advantages(
         groups: int64 [B], group of each rollout, in [0, B).
         cu_seqlens: int64 [B+1], token offsets of the rollouts.
         policy_mask: bool [T], True on tokens the policy wrote.
-        step_ids: int64 [T], step whose query the token belongs to, else -1; a step's tokens lie in one rollout. None: there
-            are no steps.
+        step_ids: int64 [T], step whose query the token belongs to, else -1; a step's tokens lie in one rollout. None:
+            there are no steps.
         step_gains: float [S], gain of each step in nats; NaN marks an unscored step, which gets no bonus.
         alpha: weight of the gains (IG-Search: 0.3).
         eps: added to the standard deviation.
