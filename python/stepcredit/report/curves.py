@@ -63,7 +63,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
         if title.endswith("%"):
             axes.set_ylim(-2, 102)
         elif not title.startswith("Information"):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         if axes.lines:
             axes.legend(fontsize=8, frameon=False)
         else:
