@@ -39,7 +39,7 @@ def test_size_and_shares(atlas, questions):
     for split in (atlas.train, atlas.dev, atlas.test):
         assert len(split) >= 500
         kinds = Counter(question.kind for question in split)
-        assert kinds["two_hop"] / len(split) == pytest.approx(0.6, abs=0.01)
+        assert kinds["two_hop"] / len(split) == pytest.approx(0.75, abs=0.01)
         assert kinds.keys() == {"one_hop", "two_hop"}
     assert "GeoNames" in atlas.attribution
     assert "CC BY 4.0" in atlas.attribution
