@@ -96,16 +96,19 @@ def test_the_bonus_of_a_step_sums_to_alpha_times_its_gain(policy, options, stabi
     assert not bonus[batch.step_ids < 0].any()
 
 
-def test_center_batch_subtracts_the_mean_gain(policy, monkeypatch):
+@pytest.mark.parametrize("center", ["batch", "group"])
+def test_center_subtracts_the_mean_gain(policy, monkeypatch, center):
     batch = make(MIXED)
     scored = stepcredit.credit.ig_search.score_steps(batch, policy)
     raw = torch.tensor([3.0, math.nan, 1.0, 2.0, 2.0, 2.0])[: batch.num_steps]
     fixed = dataclasses.replace(scored, gain=raw, scored=~raw.isnan())
     monkeypatch.setattr(stepcredit.credit.ig_search, "score_steps", lambda *_, **__: fixed)
     options = dict(alpha=1.0, dead_zone=0.0, negative_scale=1.0, soft_clip=math.inf)
-    centred = IGSearch(center="batch", **options)(batch, policy)
+    centred = IGSearch(center=center, **options)(batch, policy)
     bonus = centred.advantages - SearchR1()(batch, policy).advantages
-    expected = (raw - raw.nanmean()).nan_to_num()
+    where = batch.groups[batch.step_rollout] if center == "group" else torch.zeros(batch.num_steps, dtype=torch.int64)
+    assert len(where.unique()) == (2 if center == "group" else 1)
+    expected = torch.cat([raw[where == g] - raw[where == g].nanmean() for g in where.unique()]).nan_to_num()
     for s in range(batch.num_steps):
         assert float(bonus[batch.step_ids == s].sum()) == pytest.approx(float(expected[s]), abs=1e-5)
     assert float(expected.sum()) == pytest.approx(0.0, abs=1e-6)

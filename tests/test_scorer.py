@@ -85,12 +85,12 @@ def test_bad_weights_name_the_question():
     batch, policy = make()
     with torch.no_grad():
         policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"hidden states are not finite for rollout . of question '.'"):
+    with pytest.raises(FloatingPointError, match=r"hidden states are not finite for question '.'"):
         score_steps(batch, policy)
     batch, policy = make()
     with torch.no_grad():
         policy.model.lm_head.weight[5] = math.inf
-    with pytest.raises(FloatingPointError, match=r"log-probs are not finite for rollout . of question '.'"):
+    with pytest.raises(FloatingPointError, match=r"log-probs are not finite for question '.'"):
         score_steps(batch, policy)
 
 

@@ -213,13 +213,13 @@ def plan_step(
     return "too_long" if limit is not None and longest > limit else Branches(real, forks, answers)
 
 
-def attach(tree: TokenTree, root: int, fork: Fork, answers: list[list[int]]) -> list[int]:
+def attach(tree: TokenTree, trunk: int, fork: Fork, answers: list[list[int]]) -> list[int]:
     """Add a context to the tree and read every answer after it; a read per answer. The last token of an answer is only
     ever predicted, so it is not run."""
+    depth = fork.at + len(fork.tokens)
     first, *rest = answers
-    leaf = tree.add((*fork.tokens, *first[:-1]), root, fork.at)
-    at = len(fork.tokens)
-    reads = [tree.read(leaf, at, first)]
+    leaf = tree.add((*fork.tokens, *first[:-1]), trunk, fork.at)
+    reads = [tree.read(leaf, depth, first)]
     for answer in rest:
-        reads.append(tree.read(tree.add(answer[:-1], leaf, at), 0, answer))
+        reads.append(tree.read(tree.add(answer[:-1], leaf, depth), depth, answer))
     return reads

@@ -1,8 +1,8 @@
 """Counterfactual scoring: what each search step's passages did for the gold answer, all branches in one packed pass.
 
-Per rollout one tree. Its trunk is the rollout; at each scored step fork a *real* leaf (the answer probe and the gold
-answer where the step ends) and *counterfactual* leaves (other passages, or none, then the same). Every leaf sees what a
-separate forward pass over its context would.
+Per question one tree. Its trunks are the rollouts, merged as far as they agree; at each scored step fork a *real* leaf
+(the answer probe and the gold answer where the step ends) and *counterfactual* leaves (other passages, or none, then
+the same). Every leaf sees what a separate forward pass over its context would.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from stepcredit.contexts import REASONS, Branches, TrunkMode, attach, plan_step, read_trunk
+from stepcredit.contexts import REASONS, Branches, TrunkMode, plan_step, read_trunk
 from stepcredit.draws import Pool, StepId, draw_passages
+from stepcredit.forest import Forest, plant
 from stepcredit.ops import _checks as check
 from stepcredit.ops import information_gain
-from stepcredit.packing import TokenTree
 from stepcredit.reference import InformationGain
 from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
@@ -137,7 +137,10 @@ def score_steps(
         usable = {key: site.passages for key, site in found.items() if site.fault is None}
         counts["pool_size"] = len(usable)
         if draws is None:
-            drawn, pool_counts = draw_passages(rollouts, usable, num_random=num_random, pool=pool, seed=seed, step=step)
+            before = {(b, t): tuple(trunks[b].tokens[: found[b, t].documents]) for b, t in usable}
+            drawn, pool_counts = draw_passages(
+                rollouts, before, usable, num_random=num_random, pool=pool, seed=seed, step=step
+            )
             counts.update(pool_counts)
         else:
             drawn = {key: tuple(given) for key, given in zip(steps, draws, strict=True)}
@@ -160,28 +163,9 @@ def score_steps(
         else:
             branches[key] = planned
 
-    trees, reads, forwarded = [], {}, Counter(trunk=0, real=0, counterfactual=0)
-    for b, rollout in enumerate(rollouts):
-        tree = TokenTree(f"rollout {b} of question {rollout.question.id!r}")
-        trees.append(tree)
-        mine = {t: branches[b, t] for t in trunks[b].steps if (b, t) in branches}
-        needed = max((fork.at for one in mine.values() for fork in (one.real, *one.others)), default=0)
-        if temperature is not None:
-            needed = max(needed, len(rollout.tokens) - 1)
-        root = tree.add(trunks[b].tokens[:needed])
-        if temperature is not None:
-            for span in rollout.spans:
-                if span.by_policy:
-                    tree.read(root, span.start, rollout.tokens[span.start : span.stop], temperature)
-        for t, one in mine.items():
-            reads[b, t] = [attach(tree, root, one.real, one.answers)]
-        with_real = tree.num_tokens
-        for t, one in mine.items():
-            reads[b, t] += [attach(tree, root, fork, one.answers) for fork in one.others]
-        forwarded.update(trunk=needed, real=with_real - needed, counterfactual=tree.num_tokens - with_real)
-
-    logprobs = policy.logprobs(trees, max_tokens=max_tokens).to(batch.tokens.device)
-    gain, counterfactual = _gains(steps, trees, reads, logprobs, head_tokens, head_weight)
+    forest = plant(rollouts, trunks, branches, temperature=temperature, max_tokens=max_tokens)
+    logprobs = policy.logprobs(forest.trees, max_tokens=max_tokens).to(batch.tokens.device)
+    gain, counterfactual = _gains(steps, forest, logprobs, head_tokens, head_weight)
     counts["scored"] = int(gain.scored.sum())
     counts["unscored_no_weight"] = len(branches) - counts["scored"]
     return StepGains(
@@ -194,9 +178,9 @@ def score_steps(
         counterfactual=counterfactual,
         draws=tuple(drawn.get(key, ()) if key in branches else () for key in steps),
         counts=dict(counts),
-        tokens_forwarded=dict(forwarded),
+        tokens_forwarded=dict(forest.tokens),
         seconds=time.perf_counter() - started,
-        logprobs=None if temperature is None else _policy_logprobs(batch, trees, logprobs),
+        logprobs=None if temperature is None else _policy_logprobs(batch, forest, logprobs),
     )
 
 
@@ -228,35 +212,20 @@ def _check(
     )
 
 
-def _read_offsets(trees: Sequence[TokenTree]) -> list[list[int]]:
-    """Where each read of each tree starts and ends in the output of the scorer."""
-    offsets, at = [], 0
-    for tree in trees:
-        mine = [at]
-        for read in tree.reads:
-            at += len(read.targets)
-            mine.append(at)
-        offsets.append(mine)
-    return offsets
-
-
 def _gains(
     steps: Sequence[StepId],
-    trees: Sequence[TokenTree],
-    reads: dict[StepId, list[list[int]]],
+    forest: Forest,
     logprobs: torch.Tensor,
     head_tokens: int,
     head_weight: float,
 ) -> tuple[InformationGain, torch.Tensor]:
     """`information_gain` of every step, and its best answer's counterfactual scores [S, N]."""
-    offsets = _read_offsets(trees)
     places: list[np.ndarray] = [np.zeros(0, np.int64)]
     cu_branches, cu_variants, cu_steps = [0], [0], [0]
     for key in steps:
-        contexts = reads.get(key, [])
-        for variant in zip(*contexts, strict=True):  # the real context's read first
-            for read in variant:
-                start, stop = offsets[key[0]][read : read + 2]
+        contexts = forest.steps.get(key, [])
+        for variant in zip(*contexts, strict=True):  # the real context's first
+            for start, stop in variant:
                 places.append(np.arange(start, stop))
                 cu_branches.append(cu_branches[-1] + stop - start)
             cu_variants.append(len(cu_branches) - 1)
@@ -273,7 +242,7 @@ def _gains(
         head_tokens=head_tokens,
         head_weight=head_weight,
     )
-    width = max((len(contexts) - 1 for contexts in reads.values()), default=0)
+    width = max((len(contexts) - 1 for contexts in forest.steps.values()), default=0)
     table = np.full((len(steps), width), np.nan, np.float32)
     scores = gain.scores.cpu().numpy()
     for s, best in enumerate(gain.best_variant.tolist()):
@@ -283,12 +252,12 @@ def _gains(
     return gain, torch.from_numpy(table).to(logprobs.device)
 
 
-def _policy_logprobs(batch: RolloutBatch, trees: Sequence[TokenTree], logprobs: torch.Tensor) -> torch.Tensor:
-    """[T]: the reads of policy spans come first in every tree, in the order of the spans."""
+def _policy_logprobs(batch: RolloutBatch, forest: Forest, logprobs: torch.Tensor) -> torch.Tensor:
+    """[T]: log-probs of the policy's tokens, 0 elsewhere."""
     out = torch.zeros(batch.tokens.shape, device=logprobs.device)
-    for b, offsets in enumerate(_read_offsets(trees)):
-        start = int(batch.cu_seqlens[b])
-        spans = [span for span in batch.rollouts[b].spans if span.by_policy]
-        for read, span in enumerate(spans):
-            out[start + span.start : start + span.stop] = logprobs[offsets[read] : offsets[read + 1]]
+    for b, places in forest.policy.items():
+        first = int(batch.cu_seqlens[b])
+        spans = (span for span in batch.rollouts[b].spans if span.by_policy)
+        for span, (start, stop) in zip(spans, places, strict=True):
+            out[first + span.start : first + span.stop] = logprobs[start:stop]
     return out

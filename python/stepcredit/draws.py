@@ -19,6 +19,7 @@ StepId = tuple[int, int]
 
 def draw_passages(
     rollouts: Sequence[Rollout],
+    contexts: Mapping[StepId, tuple[int, ...]],
     passages: Mapping[StepId, tuple[int, ...]],
     *,
     num_random: int,
@@ -30,11 +31,13 @@ def draw_passages(
 
     Steps with exactly the same passages are never drawn. Draws are without replacement; from a pool smaller than
     `num_random` they are with replacement, and a step for which `pool="other_questions"` holds nothing draws from the
-    whole batch. Each draw is a hash of (seed, step, question id, rank of the rollout among those of its question by
-    token ids, search, draw), so that neither the order of the batch nor other draws change it.
+    whole batch. Each draw is a hash of (seed, step, question id, context, search, draw), so that neither the order of
+    the batch nor other draws change it, and steps of a question with the same context are held against the same
+    passages.
 
     Args:
         rollouts: of the batch.
+        contexts: tokens before the passages by step.
         passages: tokens of the passages by step; all of them together are the pool.
         num_random: draws per step.
         pool: "other_questions" leaves out passages of the same question, "batch" does not.
@@ -45,14 +48,8 @@ def draw_passages(
         (draws by step, fewer than `num_random` only when empty; counts "pool_fallback": steps that drew from the whole
         batch, "pool_repeated": steps that drew with replacement).
     """
-    rank: dict[int, int] = {}
-    of_question: dict[str, list[int]] = {}
-    for b in sorted(range(len(rollouts)), key=lambda b: rollouts[b].tokens):
-        members = of_question.setdefault(rollouts[b].question.id, [])
-        rank[b] = len(members)
-        members.append(b)
-    keys = {s: (rollouts[s[0]].question.id, rank[s[0]], s[1]) for s in passages}
-    order = sorted(passages, key=keys.__getitem__)
+    keys = {(b, t): (rollouts[b].question.id, contexts[b, t], t) for b, t in passages}
+    order = sorted(passages, key=lambda s: (keys[s], passages[s], rollouts[s[0]].tokens))
     numbers: dict[object, int] = {}
     content = np.array([numbers.setdefault(passages[s], len(numbers)) for s in order], np.int64)
     question = np.array([numbers.setdefault(keys[s][0], len(numbers)) for s in order], np.int64)

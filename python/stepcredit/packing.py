@@ -13,7 +13,7 @@ from stepcredit.ops.tree_attention import TreeLayout
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that continue the path of `parent` after `at` of its tokens; -1 continues nothing."""
+    """Tokens that go on after the first `at` >= 1 tokens of the segment `parent`; (-1, 0) is the root."""
 
     tokens: tuple[int, ...]
     parent: int
@@ -32,6 +32,9 @@ class Read:
 class TokenTree:
     """Token sequences that share prefixes, each stored once, and the log-probs to read from them.
 
+    A place in the tree is (tip, depth): after `depth` tokens, counted from the root, of the path that ends with the
+    segment `tip`. The root itself is (-1, 0).
+
     Attributes:
         name: what to call the tree in an error.
         segments: parents before children.
@@ -42,51 +45,73 @@ class TokenTree:
         self.name = name
         self.segments: list[Segment] = []
         self.reads: list[Read] = []
+        self._starts: list[int] = []  # depth at which each segment begins
         self._known: dict[Segment, int] = {}
+        self._children: dict[tuple[int, int], list[int]] = {}
 
-    def add(self, tokens: Sequence[int], parent: int = -1, at: int = 0) -> int:
-        """Index of the segment that continues `parent` after `at` of its tokens; equal segments are stored once."""
-        if parent >= 0 and not 0 <= at <= len(self.segments[parent].tokens):
-            raise ValueError(f"at must be in [0, {len(self.segments[parent].tokens)}], got {at}")
+    def add(self, tokens: Sequence[int], tip: int = -1, depth: int = 0) -> int:
+        """Tip of the path that goes on with `tokens` from a place; equal continuations are stored once."""
+        parent, at = self._place(tip, depth)
+        if not len(tokens):
+            return parent
         segment = Segment(tuple(tokens), parent, at)
         if segment not in self._known:
             self._known[segment] = len(self.segments)
+            self._children.setdefault((parent, at), []).append(len(self.segments))
             self.segments.append(segment)
+            self._starts.append(depth)
         return self._known[segment]
 
-    def read(self, segment: int, at: int, targets: Sequence[int], temperature: float = 1.0) -> int:
-        """Ask for the log-probs of `targets`, the first of which follows `at` tokens of `segment`; all but the last
-        must be the segment's next tokens. Returns the index of the read.
+    def add_trunk(self, tokens: Sequence[int]) -> int:
+        """Tip of a path from the root whose first tokens are these; only what no path holds yet is stored."""
+        tip, at, depth = -1, 0, 0
+        while depth < len(tokens):
+            following = (s for s in self._children.get((tip, at), ()) if self.segments[s].tokens[0] == tokens[depth])
+            if (child := next(following, None)) is None:
+                return self.add(tokens[depth:], tip, depth)
+            stored = self.segments[child].tokens
+            tip, at = child, 0
+            while at < len(stored) and depth < len(tokens) and stored[at] == tokens[depth]:
+                at, depth = at + 1, depth + 1
+        return tip
 
-        Each is read from the row before it, which for `at` = 0 lies in an ancestor.
+    def read(self, tip: int, depth: int, targets: Sequence[int], temperature: float = 1.0) -> int:
+        """Ask for the log-probs of `targets`, the first of which follows a place; all but the last must be the next
+        tokens of its path. Returns the index of the read.
+
+        Each is read from the row before it, which may lie in an ancestor of `tip`.
         """
-        rows = tuple(self._row(segment, at + k - 1) for k in range(len(targets)))
+        if depth < 1:
+            raise ValueError("the first token of a sequence has no row that predicts it")
+        places = (self._place(tip, depth + k) for k in range(len(targets)))
+        rows = tuple((segment, at - 1) for segment, at in places)
         self.reads.append(Read(rows, tuple(targets), temperature))
         return len(self.reads) - 1
 
-    def _row(self, segment: int, index: int) -> tuple[int, int]:
-        while index < 0:
-            if segment < 0:
-                raise ValueError("the first token of a sequence has no row that predicts it")
-            parent, at = self.segments[segment].parent, self.segments[segment].at
-            segment, index = parent, at + index
-        return segment, index
+    def _place(self, tip: int, depth: int) -> tuple[int, int]:
+        """The segment that holds the last of the `depth` tokens, and how many of its tokens that takes."""
+        end = self._starts[tip] + len(self.segments[tip].tokens) if tip >= 0 else 0
+        if not 0 <= depth <= end:
+            raise ValueError(f"depth must be in [0, {end}], got {depth}")
+        while tip >= 0 and depth <= self._starts[tip]:
+            tip = self.segments[tip].parent
+        return tip, depth - (self._starts[tip] if tip >= 0 else 0)
 
     @property
     def num_tokens(self) -> int:
         return sum(len(s.tokens) for s in self.segments)
 
-    def depth(self, segment: int) -> int:
+    def level(self, segment: int) -> int:
         """How many segments lie above this one."""
-        depth = 0
+        level = 0
         while (segment := self.segments[segment].parent) >= 0:
-            depth += 1
-        return depth
+            level += 1
+        return level
 
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Trees packed into one sequence. T tokens, N reads of single log-probs.
+    """Trees packed into one sequence. T tokens, N distinct log-probs, which M reads ask for.
 
     Attributes:
         tokens: int64 [T].
@@ -94,8 +119,9 @@ class Bin:
         rows: int64 [N], the packed token from whose hidden state each log-prob is read.
         targets: int64 [N].
         temperatures: float32 [N].
-        places: int64 [N], where each log-prob belongs in the output of all bins.
         row_trees: int64 [N], the tree each log-prob is of.
+        sources: int64 [M], the log-prob each read is.
+        places: int64 [M], where it belongs in the output of all bins.
     """
 
     tokens: torch.Tensor
@@ -103,8 +129,9 @@ class Bin:
     rows: torch.Tensor
     targets: torch.Tensor
     temperatures: torch.Tensor
-    places: torch.Tensor
     row_trees: torch.Tensor
+    sources: torch.Tensor
+    places: torch.Tensor
 
 
 def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[Bin]:
@@ -116,7 +143,8 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[Bin]:
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     sizes = [tree.num_tokens for tree in trees]
-    wanted = sorted((i for i, tree in enumerate(trees) if tree.reads), key=lambda i: (-sizes[i], i))
+    counts = [sum(len(r.targets) for r in tree.reads) for tree in trees]
+    wanted = sorted((i for i, count in enumerate(counts) if count), key=lambda i: (-sizes[i], i))
     members: list[list[int]] = []
     room: list[int] = []
     for i in wanted:
@@ -126,7 +154,6 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[Bin]:
             room.append(max_tokens)
         members[at].append(i)
         room[at] -= sizes[i]
-    counts = [sum(len(r.targets) for r in tree.reads) for tree in trees]
     first_place = np.cumsum([0, *counts])
     return [_bin(trees, chosen, first_place) for chosen in members]
 
@@ -135,18 +162,17 @@ def _bin(trees: Sequence[TokenTree], members: Sequence[int], first_place: np.nda
     tokens: list[int] = []
     lengths: list[int] = []
     ranges: list[list[tuple[int, int]]] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    temperatures: list[float] = []
-    places: list[np.ndarray] = []
+    distinct: dict[tuple[int, int, float], int] = {}  # rollouts that share tokens share their log-probs
     row_trees: list[int] = []
+    sources: list[int] = []
+    places: list[np.ndarray] = []
     for i in members:
         tree = trees[i]
         # Segments at one fork lie side by side, which tree_attention turns into one product; parents come first.
         order = sorted(
             range(len(tree.segments)),
             key=lambda s: (
-                tree.depth(s),
+                tree.level(s),
                 tree.segments[s].parent,
                 tree.segments[s].at,
                 -len(tree.segments[s].tokens),
@@ -165,17 +191,18 @@ def _bin(trees: Sequence[TokenTree], members: Sequence[int], first_place: np.nda
             lengths.append(len(segment.tokens))
             ranges.append(path)
         for read in tree.reads:
-            rows += [start[s] + index for s, index in read.rows]
-            targets += read.targets
-            temperatures += [read.temperature] * len(read.targets)
+            for (s, index), target in zip(read.rows, read.targets, strict=True):
+                sources.append(distinct.setdefault((start[s] + index, target, read.temperature), len(distinct)))
+        row_trees += [i] * (len(distinct) - len(row_trees))
         places.append(np.arange(first_place[i], first_place[i + 1]))
-        row_trees += [i] * len(places[-1])
+    rows, targets, temperatures = zip(*distinct, strict=True)
     return Bin(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         layout=TreeLayout.build(lengths, ranges),
         rows=torch.tensor(rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         temperatures=torch.tensor(temperatures, dtype=torch.float32),
-        places=torch.from_numpy(np.concatenate(places)),
         row_trees=torch.tensor(row_trees, dtype=torch.int64),
+        sources=torch.tensor(sources, dtype=torch.int64),
+        places=torch.from_numpy(np.concatenate(places)),
     )

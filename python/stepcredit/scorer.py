@@ -166,9 +166,10 @@ class PolicyScorer:
                     raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
                 hidden = self._forward(item.tokens.to(device), item.layout.to(device))[item.rows.to(device)]
                 _finite("hidden states", hidden, item, trees)
+                logprobs = torch.empty(len(item.rows), device=device)
                 for temperature in item.temperatures.unique().tolist():
                     at = (item.temperatures == temperature).nonzero().squeeze(1)
-                    out[item.places[at].to(device)] = gather_logprobs(
+                    logprobs[at.to(device)] = gather_logprobs(
                         hidden[at.to(device)],
                         head.weight,
                         item.targets[at].to(device),
@@ -176,7 +177,8 @@ class PolicyScorer:
                         temperature=temperature,
                         **options,
                     ).float()
-                _finite("log-probs", out[item.places.to(device)], item, trees)
+                _finite("log-probs", logprobs, item, trees)
+                out[item.places.to(device)] = logprobs[item.sources.to(device)]
         return out
 
     def _forward(self, tokens: torch.Tensor, layout: TreeLayout) -> torch.Tensor:

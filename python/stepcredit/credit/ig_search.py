@@ -41,8 +41,9 @@ class IGSearch:
         dead_zone: gains smaller in magnitude count as 0, nats (named in the paper, the value is ours).
         negative_scale: factor on negative gains (named in the paper, the value is ours).
         soft_clip: bound of the gains through tanh, nats (named in the paper; form and value are ours).
-        center: "batch" subtracts the mean gain of the batch's scored steps first, so that searching more does not pay
-            by itself (ours); "none" does not (paper).
+        center: what is subtracted from a gain first, so that searching more does not pay by itself: the mean gain of
+            the scored steps of the "batch", or of the same "group" of rollouts, whose questions are alike in how much
+            passages can tell (both ours); "none": nothing (paper).
         trunk: contexts are the rollout as generated ("rollout", paper), or leave out reasoning between steps
             ("skeleton", released code).
         baseline: passages of other steps ("random", paper), none ("empty", the paper's ablation), or the context of the
@@ -67,7 +68,7 @@ class IGSearch:
     dead_zone: float = 0.1
     negative_scale: float = 0.5
     soft_clip: float = 3.0
-    center: Literal["none", "batch"] = "none"
+    center: Literal["none", "batch", "group"] = "none"
     trunk: TrunkMode = "rollout"
     baseline: Baseline = "random"
     pool: Pool = "other_questions"
@@ -133,7 +134,7 @@ class IGSearch:
     def _advantages(self, batch: RolloutBatch, gains: StepGains | None) -> torch.Tensor:
         step_gains = None
         if gains is not None:
-            step_gains = gains.gain - gains.gain.nanmean() if self.center == "batch" else gains.gain
+            step_gains = gains.gain - self._center(batch, gains)
         return masked_advantages(
             batch.rewards,
             batch.groups,
@@ -150,6 +151,17 @@ class IGSearch:
             negative_scale=self.negative_scale,
             soft_clip=self.soft_clip,
         )
+
+    def _center(self, batch: RolloutBatch, gains: StepGains) -> torch.Tensor:
+        """What each gain is measured from, [S] or a scalar; NaN at steps with nothing to be measured against."""
+        if self.center == "none":
+            return gains.gain.new_zeros(())
+        if self.center == "batch":
+            return gains.gain.nanmean()
+        group = batch.groups[batch.step_rollout]
+        size = int(batch.groups.max()) + 1
+        total = gains.gain.new_zeros(size).index_add(0, group[gains.scored], gains.gain[gains.scored])
+        return (total / group[gains.scored].bincount(minlength=size))[group]
 
 
 def gain_metrics(gains: StepGains) -> dict[str, float]:

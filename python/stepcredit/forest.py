@@ -1,0 +1,108 @@
+"""The token trees of a batch: one for each question, in which its rollouts share every prefix they have in common."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stepcredit.contexts import Branches, Trunk, attach
+from stepcredit.draws import StepId
+from stepcredit.packing import TokenTree
+from stepcredit.rollout import Rollout
+
+
+@dataclass(slots=True)
+class Forest:
+    """Trees, and where in the scorer's output the log-probs lie that were asked for, as (start, stop).
+
+    Attributes:
+        trees: in the order in which the scorer is to be given them.
+        steps: for each scored step its contexts, the real one first; for each context a place per gold answer.
+        policy: for each rollout (index in the batch) a place per span of the policy's, when asked for.
+        tokens: stored tokens: of "trunk", "real" leaves and "counterfactual" leaves.
+    """
+
+    trees: list[TokenTree] = field(default_factory=list)
+    steps: dict[StepId, list[list[tuple[int, int]]]] = field(default_factory=dict)
+    policy: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    tokens: Counter[str] = field(default_factory=lambda: Counter(trunk=0, real=0, counterfactual=0))
+
+
+def plant(
+    rollouts: Sequence[Rollout],
+    trunks: Sequence[Trunk],
+    branches: Mapping[StepId, Branches],
+    *,
+    temperature: float | None,
+    max_tokens: int,
+) -> Forest:
+    """The trees of a batch.
+
+    Args:
+        rollouts: of the batch.
+        trunks: theirs.
+        branches: the contexts of every step to score.
+        temperature: also read the policy's tokens, at this temperature; trunks are the rollouts' own tokens then.
+        max_tokens: a question whose tree is larger gets several, down to one for each rollout.
+    """
+    scored: dict[int, list[int]] = defaultdict(list)
+    for b, t in branches:
+        scored[b].append(t)
+    questions: dict[str, list[int]] = defaultdict(list)
+    for b, rollout in enumerate(rollouts):
+        if b in scored or temperature is not None:
+            questions[rollout.question.id].append(b)
+
+    forest, at = Forest(), 0
+    # Sorted by tokens, rollouts that share most stay together when a tree must be split.
+    waiting = [sorted(members, key=lambda b: trunks[b].tokens) for members in questions.values()][::-1]
+    while waiting:
+        members = waiting.pop()
+        tree, steps, policy, tokens = _grow(rollouts, trunks, branches, scored, members, temperature)
+        if tree.num_tokens > max_tokens and len(members) > 1:
+            half = len(members) // 2
+            waiting += [members[half:], members[:half]]
+            continue
+        places = []
+        for read in tree.reads:
+            places.append((at, at + len(read.targets)))
+            at += len(read.targets)
+        forest.trees.append(tree)
+        forest.steps |= {key: [[places[read] for read in context] for context in steps[key]] for key in steps}
+        forest.policy |= {b: [places[read] for read in reads] for b, reads in policy.items()}
+        forest.tokens.update(tokens)
+    return forest
+
+
+def _grow(
+    rollouts: Sequence[Rollout],
+    trunks: Sequence[Trunk],
+    branches: Mapping[StepId, Branches],
+    scored: Mapping[int, Sequence[int]],
+    members: Sequence[int],
+    temperature: float | None,
+) -> tuple[TokenTree, dict[StepId, list[list[int]]], dict[int, list[int]], dict[str, int]]:
+    """One tree of some rollouts of a question, and its reads."""
+    tree = TokenTree(f"question {rollouts[members[0]].question.id!r}")
+    tips: dict[int, int] = {}
+    policy: dict[int, list[int]] = {}
+    for b in members:
+        rollout, own = rollouts[b], [branches[b, t] for t in scored.get(b, ())]
+        needed = max((fork.at for one in own for fork in (one.real, *one.others)), default=0)
+        if temperature is not None:
+            needed = max(needed, len(rollout.tokens) - 1)
+        tips[b] = tree.add_trunk(trunks[b].tokens[:needed])
+        if temperature is not None:
+            spans = [span for span in rollout.spans if span.by_policy]
+            policy[b] = [
+                tree.read(tips[b], span.start, rollout.tokens[span.start : span.stop], temperature) for span in spans
+            ]
+    trunk = tree.num_tokens
+    keys = [(b, t) for b in members for t in scored.get(b, ())]
+    steps = {key: [attach(tree, tips[key[0]], branches[key].real, branches[key].answers)] for key in keys}
+    real = tree.num_tokens
+    for key in keys:
+        steps[key] += [attach(tree, tips[key[0]], fork, branches[key].answers) for fork in branches[key].others]
+    tokens = {"trunk": trunk, "real": real - trunk, "counterfactual": tree.num_tokens - real}
+    return tree, steps, policy, tokens
