@@ -9,8 +9,9 @@ import torch
 
 from scripted_rollouts import REFINE, random_policy, write
 from stepcredit.counterfactual import score_steps
+from stepcredit.head import head_options
 from stepcredit.rollout import Question, RolloutBatch, SpanKind
-from stepcredit.scorer import PolicyScorer, head_options
+from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 
 TOKENIZER = BUILT["byte_bpe"]()
@@ -49,6 +50,23 @@ def test_logits_are_those_of_the_model(family, changes):
             logp = policy.model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
         rows = torch.arange(len(context) - 1, len(context) + len(answer) - 1)
         assert float(score) == pytest.approx(float(logp[rows, answer].mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral", "mixtral"])
+def test_the_last_layer_runs_only_for_rows_that_are_read(family):
+    batch, policy = make(family, **(GEMMA2 if family == "gemma2" else {}))
+    last = policy.model.model.layers[-1]
+    seen = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel() // 32))
+             for module in (last.mlp, policy.model.model.layers[0].mlp)]  # fmt: skip
+    gains = score_steps(batch, policy)
+    for hook in hooks:
+        hook.remove()
+    tokens = sum(gains.tokens_forwarded.values())
+    whole, read = seen
+    assert whole == tokens
+    assert read < tokens / 4
+    assert not last._forward_pre_hooks
 
 
 def test_bfloat16_runs_close_to_float32():

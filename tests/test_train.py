@@ -215,6 +215,22 @@ def test_minibatches_are_normalised_on_their_own_and_epochs_repeat_them():
     assert metrics["tokens_forwarded"] == 3 * update(credit)[1]["tokens_forwarded"]
 
 
+def test_the_scoring_pass_gives_the_old_log_probs():
+    """Folded: the same gradients, and the pass over the sampling policy's log-probs is saved."""
+    parts = tiny_parts()
+    batch = played(parts, 8, group_size=4)
+    folded = IGSearch(center="batch")(batch, parts.scorer, step=1, temperature=1.0)
+    plain = replace(folded, logprobs=None)
+    loss = LossConfig(minibatches=2, epochs=2)
+    (seen, metrics), (expected, full) = update(folded, loss), update(plain, loss)
+    for one, other in zip(seen, expected, strict=True):
+        for name, gradient in other.items():
+            torch.testing.assert_close(one[name], gradient, rtol=1e-3, atol=1e-6)
+    assert metrics["tokens_forwarded"] == full["tokens_forwarded"] * 2 / 3
+    assert SearchR1()(batch, parts.scorer, temperature=1.0).logprobs is None
+    assert IGSearch(trunk="skeleton")(batch, parts.scorer, temperature=1.0).logprobs is None
+
+
 def test_later_optimizer_steps_see_another_ratio():
     parts = tiny_parts()
     batch = played(parts, 8, group_size=4)
@@ -274,7 +290,7 @@ def test_nan_weights_are_an_error_that_names_the_question(tmp_path):
     parts = tiny_parts()
     with torch.no_grad():
         parts.model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"question 'atlas:.*hidden states are NaN"):
+    with pytest.raises(FloatingPointError, match=r"hidden states are not finite for question 'atlas:"):
         policy_update(parts.model, parts.optimizer, batch, credit, LossConfig(), learning_rate=1.0, temperature=1.0)
     with pytest.raises(FloatingPointError, match=r"question 'atlas:"):
         train(tiny_config("warm_start.steps=0"), parts, tmp_path)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import AttentionMaskInterface
 
-from stepcredit.ops import gather_logprobs, tree_attention
+from stepcredit.head import head_logprobs
+from stepcredit.ops import tree_attention
 from stepcredit.ops.tree_attention import TreeLayout
 from stepcredit.packing import Bin, TokenTree, pack
 from stepcredit.protocol import Protocol, get_protocol
@@ -23,19 +25,27 @@ ATTENTION = "stepcredit_tree"
 _SERVED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
-def _finite(what: str, values: torch.Tensor, item: Bin, trees: Sequence[TokenTree]) -> None:
-    bad = ~values.isfinite().reshape(values.shape[0], -1).all(-1)
-    if bool(bad.any()):
-        tree = trees[int(item.row_trees[int(bad.nonzero()[0])])]
-        raise FloatingPointError(f"the policy's {what} are not finite for {tree.name}")
+class _Captured(Exception):
+    """A layer was run for its keys and values alone."""
 
 
 @dataclass(slots=True)
 class _Pass:
-    """Travels through a forward pass as the keyword `tree`; counts the layers that used it."""
+    """Travels through a forward pass as the keyword `tree`.
+
+    Attributes:
+        layout: of the T packed tokens.
+        rows: int64 [R], the tokens whose last hidden states are read.
+        layers: how many layers used it.
+        capture: the next attention keeps its keys and values in `kept` and stops there.
+        kept: keys and values of all T tokens, for a layer that is given `rows` alone.
+    """
 
     layout: TreeLayout
+    rows: torch.Tensor
     layers: int = 0
+    capture: bool = False
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def _attention(
@@ -58,11 +68,41 @@ def _attention(
         raise ValueError(f"{name}: the attention {ATTENTION!r} needs model(..., tree=...); it serves PolicyScorer only")
     if attention_mask is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
         raise ValueError(f"{name}: tree attention has no attention mask, sinks or position bias")
-    tree.layers += 1
     # Under autocast the rotary embedding may leave query and key wider than value.
     query, key, value = (x[0].transpose(0, 1) for x in (query.to(value.dtype), key.to(value.dtype), value))
+    if tree.capture:
+        tree.kept = key, value
+        raise _Captured
+    tree.layers += 1
+    if tree.kept is not None:
+        key, value = tree.kept
+        query = query.new_zeros(len(key), *query.shape[1:]).index_copy_(0, tree.rows, query)
     out = tree_attention(query, key, value, tree.layout, scale=scaling, softcap=softcap, window=sliding_window)
-    return out[None], None
+    return (out if tree.kept is None else out[tree.rows])[None], None
+
+
+def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-forward hook of the last layer: it is run once for the keys and values of all tokens, up to there, and then
+    goes on with the rows that are read. A layer with inputs that are not known here is left alone."""
+    known = {"hidden_states", "position_embeddings", "position_ids"}
+    per_token = {name: value for name, value in kwargs.items() if name in known and value is not None}
+    others = [value for name, value in kwargs.items() if name not in known]
+    if len(args) > 1 or any(isinstance(value, (torch.Tensor, tuple, list)) for value in others):
+        return None
+    carrier.capture = True
+    try:
+        module.forward(*args, **kwargs)
+    except _Captured:
+        pass
+    finally:
+        carrier.capture = False
+    if carrier.kept is None:
+        return None
+
+    def select(value: Any) -> Any:
+        return tuple(map(select, value)) if isinstance(value, tuple) else value[:, carrier.rows]
+
+    return select(args), {**kwargs, **{name: select(value) for name, value in per_token.items()}}
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -84,20 +124,6 @@ def why_not(model: PreTrainedModel) -> str | None:
     if model.get_output_embeddings() is None or model.base_model is model:
         return "it has no language-model head on a base model"
     return None
-
-
-def head_options(model: PreTrainedModel) -> dict[str, float]:
-    """What a model does to its logits, as arguments of `gather_logprobs`: soft cap (Gemma-2), scale (Cohere,
-    Granite)."""
-    config = model.config.get_text_config()
-    options = {}
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        options["softcap"] = float(softcap)
-    if scale := getattr(config, "logit_scale", None):
-        options["logit_scale"] = float(scale)
-    elif divisor := getattr(config, "logits_scaling", None):
-        options["logit_scale"] = 1.0 / float(divisor)
-    return options
 
 
 class PolicyScorer:
@@ -154,46 +180,60 @@ class PolicyScorer:
             RuntimeError: some of the model's layers did not use tree attention.
         """
         head = self.model.get_output_embeddings()
-        device = head.weight.device
+        device, vocabulary = head.weight.device, head.weight.shape[0]
         bins = pack(trees, max_tokens)
         out = torch.zeros(sum(b.places.numel() for b in bins), device=device)
-        vocabulary = head.weight.shape[0]
-        options: dict[str, Any] = head_options(self.model)
         with self._prepared():
             for item in bins:
                 highest = max(int(item.tokens.max()), int(item.targets.max()))
                 if highest >= vocabulary:
                     raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
-                hidden = self._forward(item.tokens.to(device), item.layout.to(device))[item.rows.to(device)]
-                _finite("hidden states", hidden, item, trees)
+                hidden = self._forward(item)
                 logprobs = torch.empty(len(item.rows), device=device)
                 for temperature in item.temperatures.unique().tolist():
                     at = (item.temperatures == temperature).nonzero().squeeze(1)
-                    logprobs[at.to(device)] = gather_logprobs(
+                    names = [trees[tree].name for tree in item.row_trees[at].tolist()]
+                    logprobs[at.to(device)] = head_logprobs(
+                        self.model,
                         hidden[at.to(device)],
-                        head.weight,
                         item.targets[at].to(device),
-                        bias=getattr(head, "bias", None),
                         temperature=temperature,
-                        **options,
+                        name=names.__getitem__,
                     ).float()
-                _finite("log-probs", logprobs, item, trees)
                 out[item.places.to(device)] = logprobs[item.sources.to(device)]
         return out
 
-    def _forward(self, tokens: torch.Tensor, layout: TreeLayout) -> torch.Tensor:
-        carrier = _Pass(layout)
-        hidden: torch.Tensor = self.model.base_model(
-            input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, tree=carrier
-        ).last_hidden_state[0]
+    def _forward(self, item: Bin) -> torch.Tensor:
+        """The last hidden states [N, H] that the reads of a bin need."""
+        base = self.model.base_model
+        rows, reads = item.rows.unique(return_inverse=True)
+        device = self.model.get_output_embeddings().weight.device
+        layout = item.layout.to(device)
+        carrier = _Pass(layout, rows.to(device))
+        stack = getattr(base, "layers", None)
+        hook = None
+        if isinstance(stack, torch.nn.ModuleList):
+            hook = stack[-1].register_forward_pre_hook(partial(_trim, carrier), with_kwargs=True)
+        try:
+            hidden: torch.Tensor = base(
+                input_ids=item.tokens[None].to(device),
+                position_ids=layout.positions[None],
+                use_cache=False,
+                tree=carrier,
+            ).last_hidden_state[0]
+        finally:
+            if hook is not None:
+                hook.remove()
         layers = self.model.config.get_text_config().num_hidden_layers
         if carrier.layers != layers:
             raise RuntimeError(
                 f"{type(self.model).__name__}: {carrier.layers} of {layers} layers used tree attention; its scores"
                 " would be wrong"
             )
-        self.tokens_forwarded += tokens.numel()
-        return hidden
+        self.tokens_forwarded += item.tokens.numel()
+        if carrier.kept is None:
+            hidden = hidden[carrier.rows]
+        return hidden[reads.to(device)]
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

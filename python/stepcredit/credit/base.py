@@ -19,23 +19,30 @@ class Credit:
         advantages: float32 [T], exactly 0 on tokens of the environment.
         losses: auxiliary losses by name, scalars, differentiable; the trainer adds them to its own.
         metrics: numbers to log by name; each method documents its own.
+        logprobs: float32 [T], log-probs of the policy's tokens (0 elsewhere), when they were asked for and the method
+            ran these tokens anyway; else None.
     """
 
     advantages: torch.Tensor
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    logprobs: torch.Tensor | None = None
 
 
 class CreditMethod(Protocol):
     """A credit method: a frozen dataclass of its constants that is called with a batch."""
 
-    def __call__(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0) -> Credit:
+    def __call__(
+        self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, temperature: float | None = None
+    ) -> Credit:
         """Credit of a batch.
 
         Args:
             batch: packed rollouts with rewards.
             policy: scores token trees under the policy that made the rollouts.
             step: of training; seeds what the method draws.
+            temperature: the trainer needs the log-probs of the policy's tokens at this temperature: a method whose own
+                pass can give them does, which saves the trainer a pass.
         """
         ...
 

@@ -104,7 +104,9 @@ class IGSearch:
             trunk="skeleton", pool="batch", head_tokens=3, head_weight=3.0, answer_probe="\n<answer> ", max_context=4096
         )
 
-    def __call__(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0) -> Credit:
+    def __call__(
+        self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, temperature: float | None = None
+    ) -> Credit:
         gains = score_steps(
             batch,
             policy,
@@ -120,6 +122,7 @@ class IGSearch:
             step=step,
             max_tokens=self.max_tokens,
             max_context=self.max_context,
+            temperature=temperature if self.trunk == "rollout" else None,
         )
         outcome = self._advantages(batch, None)
         advantages = self._advantages(batch, gains)
@@ -129,7 +132,7 @@ class IGSearch:
             "advantage/bonus_abs_mean": mean((advantages - outcome)[scored_query].abs()),
             **gain_metrics(gains),
         }
-        return Credit(advantages, metrics=metrics)
+        return Credit(advantages, metrics=metrics, logprobs=gains.logprobs)
 
     def _advantages(self, batch: RolloutBatch, gains: StepGains | None) -> torch.Tensor:
         step_gains = None

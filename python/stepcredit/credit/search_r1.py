@@ -34,7 +34,9 @@ class SearchR1:
         choices(self, "credit.")
         at_least(self, "credit.", eps=0, ddof=0)
 
-    def __call__(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0) -> Credit:
+    def __call__(
+        self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, temperature: float | None = None
+    ) -> Credit:
         advantages = masked_advantages(
             batch.rewards,
             batch.groups,

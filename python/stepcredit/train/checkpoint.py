@@ -27,14 +27,14 @@ class State:
         step: GRPO steps done.
         seconds: wall-clock time spent so far, in this and in resumed processes.
         tokens_forwarded: real tokens run through the model so far.
-        seconds_credit, seconds_steps: time in credit scoring and in GRPO steps so far.
+        seconds_ig, seconds_steps: time in counterfactual scoring and in GRPO steps so far.
         before: evaluation before the first GRPO step.
     """
 
     step: int = 0
     seconds: float = 0.0
     tokens_forwarded: int = 0
-    seconds_credit: float = 0.0
+    seconds_ig: float = 0.0
     seconds_steps: float = 0.0
     before: dict[str, dict[str, float]] | None = None
 

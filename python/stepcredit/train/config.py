@@ -159,6 +159,11 @@ class LossConfig:
         choices(self, "loss.")
         at_least(self, "loss.", clip_low=0.0, clip_high=0.0, kl_coef=0.0, epochs=1, minibatches=1, max_tokens=1)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Of one batch of rollouts."""
+        return self.epochs * self.minibatches
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:

@@ -101,7 +101,12 @@ def train_step(
     assign_rewards(rollouts, config.rewards, parts.tokenizer)
     batch = RolloutBatch.pack(rollouts, parts.model.device)
     with clock("credit"):
-        credit = config.credit(batch, parts.scorer, step=derive_seed(config.seed, "credit", step))
+        credit = config.credit(
+            batch,
+            parts.scorer,
+            step=derive_seed(config.seed, "credit", step),
+            temperature=config.sampling.temperature if config.loss.optimizer_steps > 1 else None,
+        )
     with clock("update"):
         updated = policy_update(
             parts.model,
@@ -121,7 +126,7 @@ def train_step(
     }
     state.tokens_forwarded += int(sum(tokens.values()))
     state.seconds_steps += clock.total
-    state.seconds_credit += clock.seconds["credit"]
+    state.seconds_ig += credit.metrics.get("ig/seconds", 0.0)
     return {
         "phase": "grpo",
         "step": step + 1,
@@ -231,7 +236,7 @@ def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping
         "seconds": round(state.seconds, 1),
         "steps": state.step,
         "tokens_forwarded": state.tokens_forwarded,
-        "ig_seconds_share": round(state.seconds_credit / state.seconds_steps, 4) if state.seconds_steps else 0.0,
+        "ig_seconds_share": round(state.seconds_ig / state.seconds_steps, 4) if state.seconds_steps else 0.0,
         "seed": config.seed,
     }
 

@@ -22,9 +22,8 @@ from transformers import (
 )
 
 from stepcredit.assets import resolve_model
-from stepcredit.ops import gather_logprobs
+from stepcredit.head import head_logprobs
 from stepcredit.rollout import RolloutBatch
-from stepcredit.scorer import head_options
 from stepcredit.train.rows import EAGER_LENGTH, Row, row_inputs
 
 
@@ -142,19 +141,18 @@ def policy_logprobs(
     _, first, shared = np.unique(np.concatenate(place), return_index=True, return_inverse=True)
     position_U = position_N[torch.from_numpy(first).to(device)]
     hidden_UH = hidden_BLH.flatten(0, 1)[torch.from_numpy(np.concatenate(before)[first]).to(device)]
-    check_finite("hidden states", hidden_UH.detach().sum(-1), batch, position_U)
-    head = model.get_output_embeddings()
-    options: dict[str, Any] = head_options(model)
-    logprobs_U = gather_logprobs(
+    logprobs_U = head_logprobs(
+        model,
         hidden_UH,
-        head.weight,
         batch.tokens[position_U],
-        bias=getattr(head, "bias", None),
         temperature=temperature,
-        **options,
+        name=lambda row: f"question {batch.rollouts[_rollout_at(batch, position_U[row])].question.id!r} in training",
     )
-    check_finite("log-probs", logprobs_U.detach(), batch, position_U)
     return position_N, logprobs_U[torch.from_numpy(shared).to(device)]
+
+
+def _rollout_at(batch: RolloutBatch, position: torch.Tensor) -> int:
+    return int(torch.searchsorted(batch.cu_seqlens, position, right=True)) - 1
 
 
 def row_limit(model: PreTrainedModel, max_tokens: int) -> int:
@@ -178,13 +176,3 @@ def training_attention(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[
     finally:
         if eager:
             model.set_attn_implementation(before)
-
-
-def check_finite(what: str, values_N: torch.Tensor, batch: RolloutBatch, position_N: torch.Tensor) -> None:
-    """FloatingPointError naming the question of the first value that is NaN or infinite."""
-    bad = (~values_N.isfinite()).nonzero()
-    if len(bad):
-        b = int(torch.searchsorted(batch.cu_seqlens, position_N[bad[0]], right=True)) - 1
-        raise FloatingPointError(
-            f"question {batch.rollouts[b].question.id!r}: the policy's {what} are NaN or infinite in training"
-        )

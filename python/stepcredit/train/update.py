@@ -74,11 +74,12 @@ def policy_update(
     """The policy update on one batch: `config.epochs` passes of `config.minibatches` optimizer steps each.
 
     With a single optimizer step the policy that is trained is the one that sampled, so the old log-probs are the new
-    ones without gradient and need no forward of their own; otherwise they are computed first.
+    ones without gradient and need no forward of their own; otherwise they are the credit's, or computed first.
 
     Args:
         batch: B packed rollouts, T tokens.
-        credit: advantages [T], and auxiliary losses, which are added to the policy loss.
+        credit: advantages [T], auxiliary losses, which are added to the policy loss, and perhaps the log-probs of the
+            policy's tokens at `temperature`.
         temperature: the sampling temperature.
         reference: the policy of the KL term, with `config.kl_coef` > 0.
 
@@ -93,7 +94,7 @@ def policy_update(
         ValueError: auxiliary losses with more than one optimizer step: their graph serves one.
         FloatingPointError: log-probs or the gradient are not finite.
     """
-    num_steps = config.epochs * config.minibatches
+    num_steps = config.optimizer_steps
     if credit.losses and num_steps > 1:
         raise ValueError(
             f"credit has auxiliary losses ({', '.join(credit.losses)}), which need loss.epochs=1 and "
@@ -102,13 +103,17 @@ def policy_update(
     used_T = batch.policy_mask if config.kl_coef > 0 else batch.policy_mask & (credit.advantages != 0)
     lengths = used_lengths(batch, used_T)
     limit = row_limit(model, config.max_tokens)
+    whole = sum(len(row.tokens) for row in pack_rows(batch, lengths, limit))
+    forwarded = 0
     old_T = reference_T = None
-    if num_steps > 1:
+    if num_steps > 1 and credit.logprobs is not None:
+        old_T = credit.logprobs
+    elif num_steps > 1:
         old_T = batch_logprobs(model, batch, used_T, temperature, config.max_tokens)
+        forwarded += whole
     if config.kl_coef > 0 and reference is not None:
         reference_T = batch_logprobs(reference, batch, used_T, temperature, config.max_tokens)
-    extra_passes = (old_T is not None) + (reference_T is not None)
-    forwarded = extra_passes * sum(len(row.tokens) for row in pack_rows(batch, lengths, limit))
+        forwarded += whole
 
     for auxiliary in credit.losses.values():
         auxiliary.backward()
