@@ -5,13 +5,13 @@ Baselines run between the rounds of ours, in the same process; `extra_info` hold
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measure import peak_bytes, seconds
 from benchmarks.shapes import SHAPES
 from stepcredit import gather_logprobs, reference
 
@@ -22,24 +22,6 @@ PASSES = {"forward": 0.0, "training": 1.0, "training, half the rows": 0.5}
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-
-
-def peak_bytes(function: Callable[[], None]) -> int:
-    """Most bytes alive at once that `function` allocated."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        function()
-    alive = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
-
-
-def seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @pytest.mark.parametrize("passes", PASSES)

@@ -1,0 +1,72 @@
+"""What every benchmark shares: its device, how a call is timed, how baselines are interleaved, what memory it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: Where the tensors of a benchmark live. A GPU that is present is what gets measured; hide it to measure the CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: Rounds of a benchmark: as many as fit into this many seconds, baselines included, within these bounds.
+SECONDS = 1.0
+ROUNDS = (3, 100)
+
+
+def synchronised(function: Callable[[], object]) -> Callable[[], None]:
+    """`function` as its caller waits for it: with the work it queued on a GPU."""
+
+    def run() -> None:
+        function()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """What a caller of `function` waits."""
+    run = synchronised(function)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes of torch's allocator alive at once that `function` allocated."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        synchronised(function)()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def interleave(benchmark: Any, ours: Callable[[], object], baselines: dict[str, Callable[[], object]]) -> None:
+    """Times `ours` with pytest-benchmark and each baseline once before every round of it, so that all of them see the
+    same machine. The best seconds of the baselines and their ratios to our best go to `extra_info`."""
+    for run in (*baselines.values(), ours):  # compiles, and fills caches
+        run()
+    best = {name: seconds(run) for name, run in baselines.items()}
+    fewest, most = ROUNDS
+    rounds = min(most, max(fewest, int(SECONDS / (sum(best.values()) + seconds(ours)))))
+
+    def between() -> None:
+        for name, run in baselines.items():
+            best[name] = min(best[name], seconds(run))
+
+    benchmark.pedantic(synchronised(ours), setup=between, rounds=rounds)
+    for name, value in best.items():
+        benchmark.extra_info[f"{name}_seconds"] = value
+        benchmark.extra_info[f"{name}_over_ours"] = value / benchmark.stats.stats.min
