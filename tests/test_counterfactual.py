@@ -326,14 +326,35 @@ def test_answers_without_a_weighted_token_are_unscored_and_counted():
     assert (gains.counts["scored"], gains.counts["unscored_no_weight"]) == (3, 4)
 
 
-def test_too_long_for_the_model_or_the_limit():
+def test_contexts_of_a_step_are_cut_alike_on_their_left():
+    """To the limit, or to the positions of the model; against separate forwards of the cut contexts."""
+    batch, policy = make(protocol=SEARCH_R1)
+    limit = max(len(r.tokens) for r in batch.rollouts) // 2
+    gains = score_steps(batch, policy, max_context=limit, num_random=1)
+    assert 0 < gains.counts["truncated"] < 7
+    assert gains.counts["scored"] == 7
+    probe = TOKENIZER.encode(SEARCH_R1.answer_probe)
+    cuts = []
+    for s, (b, t) in enumerate(steps(batch)):
+        rollout, other = batch.rollouts[b], batch.rollouts[gains.draws[s][0][0]]
+        shown, lent = rollout.find(SpanKind.DOCUMENTS, t), other.find(SpanKind.DOCUMENTS, gains.draws[s][0][1])
+        answer = TOKENIZER.encode(" " + rollout.question.answers[0])
+        real = [*rollout.tokens[: shown.stop], *probe]
+        swapped = [*rollout.tokens[: shown.start], *other.tokens[lent.start : lent.stop], *probe]
+        cuts.append(max(0, max(len(real), len(swapped)) + len(answer) - limit))
+        assert float(gains.real[s]) == pytest.approx(separate(policy, real[cuts[-1] :], answer), abs=1e-5)
+        assert float(gains.baseline[s]) == pytest.approx(separate(policy, swapped[cuts[-1] :], answer), abs=1e-5)
+    assert sum(cut > 0 for cut in cuts) == gains.counts["truncated"]
+    small, tiny = make(protocol=SEARCH_R1, max_position_embeddings=limit)
+    assert score_steps(small, tiny, num_random=1).gain.equal(gains.gain)
+
+
+def test_a_limit_that_leaves_nothing_of_the_rollout():
     batch, policy = make()
-    longest = max(len(r.tokens) for r in batch.rollouts)
-    some = score_steps(batch, policy, max_context=longest // 2)
-    assert 0 < some.counts["unscored_too_long"] < 7
-    assert some.counts["unscored_too_long"] + some.counts["scored"] == 7
-    small, tiny = make(max_position_embeddings=longest // 2)
-    assert score_steps(small, tiny).counts["unscored_too_long"] == some.counts["unscored_too_long"]
+    gains = score_steps(batch, policy, max_context=12)
+    assert gains.counts["unscored_too_long"] == 7
+    assert gains.counts["truncated"] == 0
+    assert not gains.scored.any()
 
 
 def test_an_answer_without_tokens_is_skipped_and_counted():

@@ -74,6 +74,8 @@ def test_the_command_runs_end_to_end(tmp_path, capsys):
     assert summary["tokens_forwarded"] == sum(line["tokens_forwarded"] for line in lines[1:])
     undocumented = {name for line in lines for name in line if not documented(name)}
     assert undocumented == set()
+    # the first batch is audited against separate forwards
+    assert [line.get("ig/audit_difference", 1) < 1e-5 for line in lines[-3:-1]] == [True, False]
     for line in lines[-3:-1]:
         assert line["ig/scored"] + sum(v for k, v in line.items() if k.startswith("ig/unscored")) == line["ig/steps"]
     config = json.loads((tmp_path / "config.json").read_text())

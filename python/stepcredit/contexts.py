@@ -179,11 +179,23 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """The contexts of one step, and the gold answers scored in each."""
+    """The contexts of one step, and the gold answers scored in each.
+
+    Attributes:
+        real: the context that ends with the step's own passages.
+        others: what it is measured against.
+        answers: token ids, one list for each gold answer.
+        cut: how many tokens every context has lost on its left; the trunk of these forks begins after them.
+    """
 
     real: Fork
     others: tuple[Fork, ...]
     answers: list[list[int]]
+    cut: int = 0
+
+    def trunk(self, tokens: Sequence[int]) -> Sequence[int]:
+        """What a trunk must hold for these contexts."""
+        return tokens[self.cut : self.cut + max(fork.at for fork in (self.real, *self.others))]
 
 
 def plan_step(
@@ -194,7 +206,11 @@ def plan_step(
     baseline: str,
     limit: int | None,
 ) -> Branches | str:
-    """The contexts of a step, or why it is unscored."""
+    """The contexts of a step, or why it is unscored.
+
+    When one of them, answer included, has more than `limit` tokens, all lose the same number on their left; the step is
+    unscored when that would leave one nothing of the trunk.
+    """
     if site is None:
         return "no_documents"
     if site.fault is not None:
@@ -202,15 +218,19 @@ def plan_step(
     if not answers:
         return "no_answer"
     real = Fork(site.end.at, (*site.end.tail, *probe))
-    forks = tuple(Fork(site.documents, (*passages, *probe)) for passages in others)
+    forks = [Fork(site.documents, (*passages, *probe)) for passages in others]
     if baseline == "empty":
-        forks = (Fork(site.documents, tuple(probe)),)
+        forks = [Fork(site.documents, tuple(probe))]
     elif baseline == "previous":
-        forks = (Fork(site.previous.at, (*site.previous.tail, *probe)),)
+        forks = [Fork(site.previous.at, (*site.previous.tail, *probe))]
     if not forks:
         return "empty_pool"
     longest = max(fork.at + len(fork.tokens) for fork in (real, *forks)) + max(map(len, answers))
-    return "too_long" if limit is not None and longest > limit else Branches(real, forks, answers)
+    cut = max(0, longest - limit) if limit is not None else 0
+    if cut >= min(fork.at for fork in (real, *forks)):
+        return "too_long"
+    real, *forks = (Fork(fork.at - cut, fork.tokens) for fork in (real, *forks))
+    return Branches(real, tuple(forks), answers, cut)
 
 
 def attach(tree: TokenTree, trunk: int, fork: Fork, answers: list[list[int]]) -> list[int]:

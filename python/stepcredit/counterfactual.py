@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from stepcredit.audit import audit
 from stepcredit.contexts import REASONS, Branches, TrunkMode, plan_step, read_trunk
 from stepcredit.draws import Pool, StepId, draw_passages
 from stepcredit.forest import Forest, plant
@@ -43,13 +44,14 @@ class StepGains:
         scored: bool [S].
         counterfactual: float32 [S, N], that answer's counterfactual scores; NaN where there is none.
         draws: for each step, the (rollout, step) whose passages stood in; empty unless baseline="random".
-        counts: "steps", "scored", "pool_size" (steps whose passages can be drawn), "pool_fallback", "pool_repeated",
-            and why steps are unscored: "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool",
-            "unscored_no_answer" (no gold answer has a token), "unscored_too_long", "unscored_no_weight" (no token of
-            the best answer has a weight).
+        counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "pool_size" (steps whose
+            passages can be drawn), "pool_fallback", "pool_repeated", and why steps are unscored:
+            "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool", "unscored_no_answer" (no gold
+            answer has a token), "unscored_too_long", "unscored_no_weight" (no token of the best answer has a weight).
         tokens_forwarded: tokens run through the model: "trunk", "real" leaves, "counterfactual" leaves.
         seconds: wall time of the scoring.
         logprobs: float32 [T] when asked for: log-probs of the policy's tokens, 0 where the environment wrote.
+        difference: with `verify`, the largest difference to separate forwards, nats per answer token.
     """
 
     rollout: torch.Tensor
@@ -64,6 +66,7 @@ class StepGains:
     tokens_forwarded: dict[str, int]
     seconds: float
     logprobs: torch.Tensor | None = None
+    difference: float | None = None
 
 
 def score_steps(
@@ -84,6 +87,7 @@ def score_steps(
     max_context: int | None = None,
     draws: Sequence[Sequence[StepId]] | None = None,
     temperature: float | None = None,
+    verify: bool = False,
 ) -> StepGains:
     """Information gain of every search step of a batch about the gold answer of its question.
 
@@ -108,12 +112,14 @@ def score_steps(
             answer after a probe that does not end in a space starts with one.
         seed, step: of the run, and the training step; they seed the draws.
         max_tokens: tokens per forward pass.
-        max_context: a step whose longest context, answer included, has more tokens (or more than the model has
-            positions) is unscored: all contexts of a step are scored whole or not at all (ours; the released code cuts
-            each on its left).
+        max_context: when the longest context of a step, answer included, has more tokens (or more than the policy can
+            score exactly), all contexts of the step lose the same number on their left (the released code cuts each to
+            4096 by itself, so that they no longer share a prefix). The step is unscored when nothing of the rollout
+            would be left.
         draws: replay these instead of drawing, one sequence per step of the batch, as in `StepGains.draws`.
         temperature: also return the log-probs of all policy tokens, at this temperature, from the same pass;
             `trunk="rollout"` only.
+        verify: score a sample of the steps again by separate forwards.
 
     Returns:
         StepGains.
@@ -121,6 +127,7 @@ def score_steps(
     Raises:
         ValueError: an option is out of range, or `draws` does not fit the batch.
         FloatingPointError: the policy's hidden states are not finite; names the question.
+        RuntimeError: with `verify`, a step's scores differ from separate forwards by more than rounding.
 
     Source: IG-Search (arXiv 2604.15148), equation 2, and its released `ig_reward.py`.
     """
@@ -131,7 +138,9 @@ def score_steps(
 
     trunks = [read_trunk(rollout, policy, trunk) for rollout in rollouts]
     found = {(b, t): site for b, one in enumerate(trunks) for t, site in one.steps.items()}
-    counts: Counter[str] = Counter({"steps": len(steps), **{f"unscored_{reason}": 0 for reason in REASONS}})
+    counts: Counter[str] = Counter(
+        {"steps": len(steps), "truncated": 0, **{f"unscored_{reason}": 0 for reason in REASONS}}
+    )
     drawn: dict[StepId, tuple[StepId, ...]] = {}
     if baseline == "random":
         usable = {key: site.passages for key, site in found.items() if site.fault is None}
@@ -162,6 +171,7 @@ def score_steps(
             counts[f"unscored_{planned}"] += 1
         else:
             branches[key] = planned
+            counts["truncated"] += planned.cut > 0
 
     forest = plant(rollouts, trunks, branches, temperature=temperature, max_tokens=max_tokens)
     logprobs = policy.logprobs(forest.trees, max_tokens=max_tokens).to(batch.tokens.device)
@@ -181,6 +191,7 @@ def score_steps(
         tokens_forwarded=dict(forest.tokens),
         seconds=time.perf_counter() - started,
         logprobs=None if temperature is None else _policy_logprobs(batch, forest, logprobs),
+        difference=audit(policy, rollouts, trunks, branches, forest, logprobs, seed) if verify else None,
     )
 
 

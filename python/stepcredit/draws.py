@@ -67,7 +67,7 @@ def draw_passages(
         remaining = candidates.tolist()
         drawn = []
         for j in range(num_random if remaining else 0):
-            at = _hash(seed, step, *keys[own], j) % len(remaining)
+            at = hash_key(seed, step, *keys[own], j) % len(remaining)
             drawn.append(order[remaining[at]])
             if not repeat:
                 del remaining[at]
@@ -75,5 +75,6 @@ def draw_passages(
     return draws, counts
 
 
-def _hash(*key: object) -> int:
+def hash_key(*key: object) -> int:
+    """A number in [0, 2**64) that depends on the key alone."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")

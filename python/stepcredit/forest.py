@@ -85,24 +85,19 @@ def _grow(
 ) -> tuple[TokenTree, dict[StepId, list[list[int]]], dict[int, list[int]], dict[str, int]]:
     """One tree of some rollouts of a question, and its reads."""
     tree = TokenTree(f"question {rollouts[members[0]].question.id!r}")
-    tips: dict[int, int] = {}
-    policy: dict[int, list[int]] = {}
-    for b in members:
-        rollout, own = rollouts[b], [branches[b, t] for t in scored.get(b, ())]
-        needed = max((fork.at for one in own for fork in (one.real, *one.others)), default=0)
-        if temperature is not None:
-            needed = max(needed, len(rollout.tokens) - 1)
-        tips[b] = tree.add_trunk(trunks[b].tokens[:needed])
-        if temperature is not None:
-            spans = [span for span in rollout.spans if span.by_policy]
-            policy[b] = [
-                tree.read(tips[b], span.start, rollout.tokens[span.start : span.stop], temperature) for span in spans
-            ]
-    trunk = tree.num_tokens
     keys = [(b, t) for b in members for t in scored.get(b, ())]
-    steps = {key: [attach(tree, tips[key[0]], branches[key].real, branches[key].answers)] for key in keys}
+    policy: dict[int, list[int]] = {}
+    if temperature is not None:
+        for b in members:
+            tokens, spans = rollouts[b].tokens, [span for span in rollouts[b].spans if span.by_policy]
+            tip = tree.add_trunk(tokens[:-1])
+            policy[b] = [tree.read(tip, s.start, tokens[s.start : s.stop], temperature) for s in spans]
+    # The last step of a rollout first: it needs the longest trunk, which so is one segment.
+    tips = {(b, t): tree.add_trunk(branches[b, t].trunk(trunks[b].tokens)) for b, t in reversed(keys)}
+    trunk = tree.num_tokens
+    steps = {key: [attach(tree, tips[key], branches[key].real, branches[key].answers)] for key in keys}
     real = tree.num_tokens
     for key in keys:
-        steps[key] += [attach(tree, tips[key[0]], fork, branches[key].answers) for fork in branches[key].others]
-    tokens = {"trunk": trunk, "real": real - trunk, "counterfactual": tree.num_tokens - real}
-    return tree, steps, policy, tokens
+        steps[key] += [attach(tree, tips[key], fork, branches[key].answers) for fork in branches[key].others]
+    stored = {"trunk": trunk, "real": real - trunk, "counterfactual": tree.num_tokens - real}
+    return tree, steps, policy, stored

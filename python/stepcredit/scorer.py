@@ -151,9 +151,18 @@ class PolicyScorer:
 
     @property
     def max_context(self) -> int | None:
-        """Positions the model has; None when its configuration does not say."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        """Positions of a context that can be scored exactly; None when the model's configuration does not say.
+
+        Those the model has, but for rotary embeddings whose frequencies depend on how long the context is (dynamic
+        NTK, LongRoPE): contexts of different lengths share no prefix there, so it is the length up to which they do.
+        """
+        config = self.model.config.get_text_config()
+        limits = [getattr(config, "max_position_embeddings", None)]
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        for parameters in rope.values() if all(isinstance(p, dict) for p in rope.values()) else [rope]:
+            if parameters.get("rope_type") in ("dynamic", "longrope"):
+                limits.append(parameters.get("original_max_position_embeddings"))
+        return min((int(limit) for limit in limits if limit is not None), default=None)
 
     def encode(self, text: str) -> list[int]:
         """`tokens.encode` with the policy's tokenizer."""
@@ -175,7 +184,7 @@ class PolicyScorer:
             float32 [M] on the model's device, nats: tree after tree, read after read, target after target.
 
         Raises:
-            ValueError: a token id is not in the model's vocabulary.
+            ValueError: a token id is not in the model's vocabulary, or a path is longer than `max_context`.
             FloatingPointError: the policy gives hidden states or log-probs that are not finite; names the tree.
             RuntimeError: some of the model's layers did not use tree attention.
         """
@@ -183,11 +192,15 @@ class PolicyScorer:
         device, vocabulary = head.weight.device, head.weight.shape[0]
         bins = pack(trees, max_tokens)
         out = torch.zeros(sum(b.places.numel() for b in bins), device=device)
-        with self._prepared():
+        with self._prepared(ATTENTION):
             for item in bins:
                 highest = max(int(item.tokens.max()), int(item.targets.max()))
                 if highest >= vocabulary:
                     raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
+                longest = int(item.layout.positions.max()) + 1
+                if self.max_context is not None and longest > self.max_context:
+                    name = trees[int(item.row_trees[0])].name
+                    raise ValueError(f"a path of {longest} tokens exceeds the {self.max_context} positions ({name})")
                 hidden = self._forward(item)
                 logprobs = torch.empty(len(item.rows), device=device)
                 for temperature in item.temperatures.unique().tolist():
@@ -202,6 +215,15 @@ class PolicyScorer:
                     ).float()
                 out[item.places.to(device)] = logprobs[item.sources.to(device)]
         return out
+
+    @torch.no_grad()
+    def separate_logprobs(self, context: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """Log-probs of an answer after a context by a forward pass of its own with the model's eager attention: what
+        `logprobs` must equal. [len(answer)], float32, nats."""
+        ids = torch.tensor([[*context, *answer]], device=self.model.get_output_embeddings().weight.device)
+        with self._prepared("eager"):
+            logits = self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None])[:, 0]
 
     def _forward(self, item: Bin) -> torch.Tensor:
         """The last hidden states [N, H] that the reads of a bin need."""
@@ -236,12 +258,12 @@ class PolicyScorer:
         return hidden[reads.to(device)]
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Evaluation mode and tree attention; afterwards what was there before, module by module."""
+    def _prepared(self, attention: str) -> Iterator[None]:
+        """Evaluation mode and this attention; afterwards what was there before, module by module."""
         training = [module for module in self.model.modules() if module.training]
         before = self.model.config._attn_implementation
         self.model.eval()
-        self.model.set_attn_implementation(ATTENTION)
+        self.model.set_attn_implementation(attention)
         try:
             yield
         finally:

@@ -33,7 +33,13 @@ class CreditMethod(Protocol):
     """A credit method: a frozen dataclass of its constants that is called with a batch."""
 
     def __call__(
-        self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, temperature: float | None = None
+        self,
+        batch: RolloutBatch,
+        policy: PolicyScorer,
+        *,
+        step: int = 0,
+        temperature: float | None = None,
+        verify: bool = False,
     ) -> Credit:
         """Credit of a batch.
 
@@ -43,6 +49,7 @@ class CreditMethod(Protocol):
             step: of training; seeds what the method draws.
             temperature: the trainer needs the log-probs of the policy's tokens at this temperature: a method whose own
                 pass can give them does, which saves the trainer a pass.
+            verify: check what is computed in a packed pass against separate forwards, where the method has one.
         """
         ...
 

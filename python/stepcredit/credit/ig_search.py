@@ -33,6 +33,7 @@ class IGSearch:
       the whole batch, or with replacement, because the pool was too small (baseline="random").
     * `ig/tokens_trunk`, `ig/tokens_real`, `ig/tokens_counterfactual`: tokens run through the model, and their sum
       `tokens_forwarded`; `ig/seconds`: the time it took.
+    * `ig/truncated`: steps whose contexts were cut; `ig/audit_difference`: with `verify`, see `StepGains.difference`.
     * `advantage/bonus_abs_mean`: mean absolute bonus of the query tokens of scored steps.
 
     Attributes:
@@ -55,8 +56,8 @@ class IGSearch:
         answer_probe: what precedes the gold answer when scored; none is the protocol's (released code: "\\n<answer> ").
         seed: of the draws, with the training step.
         max_tokens: tokens per forward pass (ours).
-        max_context: steps with a longer context are unscored; none is the model's limit (ours; the released code cuts
-            contexts to 4096 on their left).
+        max_context: contexts of a step are cut on their left to this many tokens, all alike; none is the model's limit
+            (released code: 4096, each by itself).
         eps: added to a group's standard deviation (Search-R1: 1e-6).
         ddof: degrees of freedom subtracted in the variance (Search-R1: 1).
         scale: "std" divides by the standard deviation (Search-R1); "none" only centres (Dr. GRPO).
@@ -105,7 +106,13 @@ class IGSearch:
         )
 
     def __call__(
-        self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, temperature: float | None = None
+        self,
+        batch: RolloutBatch,
+        policy: PolicyScorer,
+        *,
+        step: int = 0,
+        temperature: float | None = None,
+        verify: bool = False,
     ) -> Credit:
         gains = score_steps(
             batch,
@@ -123,6 +130,7 @@ class IGSearch:
             max_tokens=self.max_tokens,
             max_context=self.max_context,
             temperature=temperature if self.trunk == "rollout" else None,
+            verify=verify,
         )
         outcome = self._advantages(batch, None)
         advantages = self._advantages(batch, gains)
@@ -172,6 +180,8 @@ def gain_metrics(gains: StepGains) -> dict[str, float]:
     metrics = {f"ig/{name}": float(count) for name, count in gains.counts.items()}
     metrics |= {f"ig/tokens_{name}": float(count) for name, count in gains.tokens_forwarded.items()}
     metrics |= {"tokens_forwarded": float(sum(gains.tokens_forwarded.values())), "ig/seconds": gains.seconds}
+    if gains.difference is not None:
+        metrics["ig/audit_difference"] = gains.difference
     if bool(gains.scored.any()):
         gain = gains.gain[gains.scored]
         metrics |= {

@@ -35,7 +35,13 @@ class SearchR1:
         at_least(self, "credit.", eps=0, ddof=0)
 
     def __call__(
-        self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, temperature: float | None = None
+        self,
+        batch: RolloutBatch,
+        policy: PolicyScorer,
+        *,
+        step: int = 0,
+        temperature: float | None = None,
+        verify: bool = False,
     ) -> Credit:
         advantages = masked_advantages(
             batch.rewards,

@@ -106,6 +106,7 @@ def train_step(
             parts.scorer,
             step=derive_seed(config.seed, "credit", step),
             temperature=config.sampling.temperature if config.loss.optimizer_steps > 1 else None,
+            verify=step == 0,
         )
     with clock("update"):
         updated = policy_update(

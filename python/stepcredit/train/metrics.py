@@ -60,6 +60,8 @@ GLOSSARY: dict[str, str] = {
     "ig/real_mean, ig/baseline_mean": "mean score of the gold answer under the real and the counterfactual passages",
     "ig/steps, ig/scored": "search steps, and those whose gain was measured",
     "ig/unscored_<reason>": "search steps whose gain was not measured, by reason",
+    "ig/truncated": "search steps whose contexts were cut on their left to fit",
+    "ig/audit_difference": "first step only: largest difference between a packed score and a separate forward, nats",
     "ig/pool_<name>": "counterfactual passages: size of the pool, steps that fell back to the whole batch or repeated",
     "ig/tokens_<part>": "tokens forwarded for the gain: trunk, real leaves, counterfactual leaves",
     "ig/seconds": "seconds of the counterfactual scoring",
