@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import peak_bytes, seconds
+from benchmarks.measure import DEVICE, interleave, peak_bytes, size_bytes
 from benchmarks.shapes import SHAPES
 from stepcredit import gather_logprobs, reference
 
-ROUNDS = 3
 #: Share of the rows that have a gradient in backward: half of a batch are zero-advantage groups and clipped tokens.
 PASSES = {"forward": 0.0, "training": 1.0, "training, half the rows": 0.5}
 
@@ -31,10 +30,10 @@ def test_gather_logprobs(benchmark, shape: str, dtype: torch.dtype, passes: str)
     size = SHAPES["gather_logprobs"][shape]
     rows, width, vocabulary = size["rows"], size["width"], size["vocabulary"]
     torch.manual_seed(0)
-    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype).requires_grad_()
-    targets = torch.randint(vocabulary, (rows,))
-    advantages = torch.where(torch.arange(rows) < PASSES[passes] * rows, torch.randn(rows), 0.0)
+    hidden = torch.randn(rows, width).to(DEVICE, dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width) / width**0.5).to(DEVICE, dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+    advantages = torch.where(torch.arange(rows) < PASSES[passes] * rows, torch.randn(rows), 0.0).to(DEVICE)
 
     def step(function: Callable[..., torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -67,18 +66,9 @@ def test_gather_logprobs(benchmark, shape: str, dtype: torch.dtype, passes: str)
         run()
         hidden.grad = weight.grad = None  # freed inside, they would be subtracted
         info[f"{name}_peak_bytes"] = peak_bytes(run)
-    best = dict.fromkeys(baselines, float("inf"))
-
-    def between() -> None:
-        for name, run in baselines.items():
-            best[name] = min(best[name], seconds(run))
-
-    benchmark.pedantic(ours, setup=between, rounds=ROUNDS, warmup_rounds=1)
+    interleave(benchmark, ours, baselines)
     products = 2 * rows * width * vocabulary
     info["flops"] = products if passes == "forward" else int(products * (1 + 3 * PASSES[passes]))
-    info["bytes"] = sum(t.numel() * t.element_size() for t in (hidden, weight)) * (1 if passes == "forward" else 2)
+    info["bytes"] = size_bytes(hidden, weight) * (1 if passes == "forward" else 2)
     hidden.grad = weight.grad = None
     info["peak_bytes"] = peak_bytes(ours)
-    for name, value in best.items():
-        info[f"{name}_seconds"] = value
-        info[f"{name}_over_ours"] = value / benchmark.stats.stats.min

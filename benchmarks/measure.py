@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 #: Rounds of a benchmark: as many as fit into this many seconds, baselines included, within these bounds.
-SECONDS = 1.0
+SECONDS = 0.5
 ROUNDS = (3, 100)
 
 
@@ -53,7 +53,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
-def interleave(benchmark: Any, ours: Callable[[], object], baselines: dict[str, Callable[[], object]]) -> None:
+def interleave(benchmark: Any, ours: Callable[[], object], baselines: Mapping[str, Callable[[], object]]) -> None:
     """Times `ours` with pytest-benchmark and each baseline once before every round of it, so that all of them see the
     same machine. The best seconds of the baselines and their ratios to our best go to `extra_info`."""
     for run in (*baselines.values(), ours):  # compiles, and fills caches
@@ -70,3 +70,15 @@ def interleave(benchmark: Any, ours: Callable[[], object], baselines: dict[str, 
     for name, value in best.items():
         benchmark.extra_info[f"{name}_seconds"] = value
         benchmark.extra_info[f"{name}_over_ours"] = value / benchmark.stats.stats.min
+
+
+def record_peaks(benchmark: Any, ours: Callable[[], object], baselines: Mapping[str, Callable[[], object]]) -> None:
+    """Peak bytes of `ours` and of each baseline go to `extra_info`; all of them have run before."""
+    benchmark.extra_info["peak_bytes"] = peak_bytes(ours)
+    for name, run in baselines.items():
+        benchmark.extra_info[f"{name}_peak_bytes"] = peak_bytes(run)
+
+
+def size_bytes(*tensors: torch.Tensor) -> int:
+    """What it takes to read or write each of these once."""
+    return sum(t.numel() * t.element_size() for t in tensors)

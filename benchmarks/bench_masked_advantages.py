@@ -1,0 +1,121 @@
+"""`masked_advantages` against eager lines and the padded computation of trainers, on IG-Search's default options:
+`pytest benchmarks/bench_masked_advantages.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import numerics
+from benchmarks.measure import DEVICE, interleave, record_peaks, size_bytes
+from benchmarks.shapes import SHAPES
+from stepcredit import masked_advantages, reference
+
+OPTIONS: dict[str, Any] = dict(
+    alpha=0.3, eps=1e-6, ddof=1, scale="std", singleton="zero", dead_zone=0.0, negative_scale=1.0, soft_clip=math.inf
+)
+QUERY_TOKENS = 8
+#: The reference reads every token once a step, so it checks the first groups; the eager lines check the whole batch.
+CHECKED_GROUPS = 4
+
+
+def query_bonus(policy_mask: torch.Tensor, step_ids: torch.Tensor, step_gains: torch.Tensor) -> torch.Tensor:
+    """What each query token gets of its step's gain; packed and padded layouts alike."""
+    query = policy_mask & (step_ids >= 0)
+    lengths = torch.bincount(step_ids[query], minlength=step_gains.numel())
+    share = OPTIONS["alpha"] * step_gains.nan_to_num() / lengths
+    return torch.where(query, share[step_ids.clamp(min=0)], 0)
+
+
+def eager(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    policy_mask: torch.Tensor,
+    step_ids: torch.Tensor,
+    step_gains: torch.Tensor,
+) -> torch.Tensor:
+    def of_group(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(rewards).index_add(0, groups, values)[groups]
+
+    size = of_group(torch.ones_like(rewards))
+    centred = rewards - of_group(rewards) / size
+    deviation = (of_group(centred.square()) / (size - 1)).sqrt()
+    advantage = centred / (deviation + OPTIONS["eps"])
+    tokens = advantage.repeat_interleave(cu_seqlens.diff(), output_size=policy_mask.numel()) * policy_mask
+    return tokens + query_bonus(policy_mask, step_ids, step_gains)
+
+
+def padded(
+    rewards: torch.Tensor, response_mask: torch.Tensor, step_ids: torch.Tensor, step_gains: torch.Tensor, group: int
+) -> torch.Tensor:
+    """GRPO on (B, L) rectangles, groups side by side, as trainers keep them; the gains are added in that layout."""
+    r = rewards.view(-1, group)
+    advantage = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + OPTIONS["eps"])
+    return advantage.view(-1, 1) * response_mask + query_bonus(response_mask, step_ids, step_gains)
+
+
+def make(rollouts: int, group: int, tokens: int, searches: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Rollouts of `tokens / 2` to `tokens` tokens; each is cut into a turn per search and a last one, a turn begins
+    with what the policy wrote, ends with passages, and its first tokens are the query."""
+    torch.manual_seed(0)
+    lengths = torch.randint(tokens // 2, tokens + 1, (rollouts,))
+    offset = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    turn_length = (lengths // (searches + 1)).repeat_interleave(lengths)
+    turn, place = offset // turn_length, offset % turn_length
+    policy_mask = (turn >= searches) | (place < turn_length // 2)
+    first_step = (torch.arange(rollouts) * searches).repeat_interleave(lengths)
+    step_ids = torch.where((turn < searches) & (place < QUERY_TOKENS) & policy_mask, first_step + turn, -1)
+    batch = (
+        torch.randint(2, (rollouts,)).to(dtype),
+        torch.arange(rollouts) // group,
+        torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        policy_mask,
+        step_ids,
+        torch.where(torch.rand(rollouts * searches) < 0.1, math.nan, torch.randn(rollouts * searches)).to(dtype),
+    )
+    return tuple(t.to(DEVICE) for t in batch)
+
+
+def first_rollouts(batch: tuple[torch.Tensor, ...], rollouts: int, searches: int) -> tuple[torch.Tensor, ...]:
+    rewards, groups, cu_seqlens, policy_mask, step_ids, step_gains = batch
+    tokens = int(cu_seqlens[rollouts])
+    kept = (rewards[:rollouts], groups[:rollouts], cu_seqlens[: rollouts + 1], policy_mask[:tokens], step_ids[:tokens])
+    return *kept, step_gains[: rollouts * searches]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("shape", SHAPES["masked_advantages"])
+def test_masked_advantages(benchmark: Any, shape: str, dtype: torch.dtype) -> None:
+    size = SHAPES["masked_advantages"][shape]
+    group, searches = size["group"], size["searches"]
+    batch = make(**size, dtype=dtype)
+    rewards, _, cu_seqlens, policy_mask, step_ids, step_gains = batch
+    rows = torch.arange(size["tokens"], device=DEVICE) < cu_seqlens.diff()[:, None]
+    response_mask = torch.zeros_like(rows).masked_scatter(rows, policy_mask)
+    padded_ids = torch.full(rows.shape, -1, device=DEVICE).masked_scatter(rows, step_ids)
+
+    advantages = masked_advantages(*batch, **OPTIONS)  # a wrong result has no speed
+    few = first_rollouts(batch, min(CHECKED_GROUPS * group, rewards.numel()), searches)
+    numerics.check(advantages[: few[3].numel()], reference.masked_advantages, *few, **OPTIONS)
+    numerics.check(advantages, eager, *batch)
+    numerics.check(padded(rewards, response_mask, padded_ids, step_gains, group)[rows], eager, *batch)
+
+    compiled = torch.compile(eager)
+    baselines = {
+        "eager": lambda: eager(*batch),
+        "compiled": lambda: compiled(*batch),
+        "padded": lambda: padded(rewards, response_mask, padded_ids, step_gains, group),
+    }
+    info = benchmark.extra_info
+    info["flops"] = 6 * rewards.numel() + 2 * policy_mask.numel()  # group statistics; a product and a sum a token
+    info["bytes"] = size_bytes(*batch, advantages)
+
+    def ours() -> torch.Tensor:
+        return masked_advantages(*batch, **OPTIONS)
+
+    interleave(benchmark, ours, baselines)
+    record_peaks(benchmark, ours, baselines)

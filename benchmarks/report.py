@@ -1,0 +1,154 @@
+"""Measures ops against their baselines on this machine: `python -m benchmarks.report [--op OP] [--quick]`.
+
+Each `bench_<op>.py` runs through pytest-benchmark; what it measured replaces `results/<device>/<op>.json` and is
+compared with what is committed there. A ratio is a baseline's time over ours: above 1 ours is faster. An op whose
+benchmark fails, above all because a result is wrong, has no rows: its file stays as it was and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import DEVICE
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHES = ROOT / "benchmarks"
+#: They change what runs under the name of an implementation or of a baseline, so rows measured under them are not kept.
+MISLEADING = ("STEPCREDIT_IMPL", "TORCH_COMPILE_DISABLE")
+
+#: What says which case a row is, such as shape and dtype, is text; what was measured is a number.
+Row = dict[str, Any]
+
+
+def rows_of(dump: dict[str, Any]) -> list[Row]:
+    """The rows of pytest-benchmark's dump: parameters, best seconds and `extra_info`, floats to four digits."""
+    rows = []
+    for bench in dump["benchmarks"]:
+        case = {name: _plain(value) for name, value in (bench["params"] or {}).items()}
+        measured = {"seconds": bench["stats"]["min"], **bench["extra_info"]}
+        rows.append({**case, **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in measured.items()}})
+    return rows
+
+
+def _plain(value: object) -> str:
+    """A parameter as text; pytest-benchmark wraps what JSON cannot hold, such as a dtype."""
+    return re.sub(r"^UNSERIALIZABLE\[(?:torch\.)?(.*)\]$", r"\1", str(value))
+
+
+def case_of(row: Row) -> str:
+    return " ".join(value for value in row.values() if isinstance(value, str))
+
+
+def line(row: Row, old: Row | None) -> str:
+    """A row with its ratios and, where the case was measured before, old seconds over new ones."""
+    ratios = [f"{name.removesuffix('_over_ours')} {row[name]:.2f}x" for name in row if name.endswith("_over_ours")]
+    parts = [f"{case_of(row):<44}{_duration(row['seconds']):>9}", *ratios]
+    if "peak_bytes" in row:
+        parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
+    if old is not None:
+        parts.append(f"before {_duration(old['seconds'])}, {old['seconds'] / row['seconds']:.2f}x")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    factor, unit = next(((f, u) for f, u in ((1, "s"), (1e3, "ms")) if seconds * f >= 1), (1e6, "us"))
+    return f"{seconds * factor:.4g} {unit}"
+
+
+def lines(result: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
+    """A heading and a line per row."""
+    conditions = "torch {torch}, {threads} threads, commit {commit}"
+    heading = f"{result['op']} on {result['device']}: {conditions.format_map(result)}"
+    old = {case_of(row): row for row in committed["rows"]} if committed else {}
+    if committed:
+        heading += f"; before: {conditions.format_map(committed)}"
+    return [heading, *(f"  {line(row, old.get(case_of(row)))}" for row in result["rows"])]
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """JSON with a row a line, so that a diff shows which cases changed."""
+    head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in result.items() if key != "rows")
+    return f'{{\n{head}"rows": [\n' + ",\n".join(json.dumps(row) for row in result["rows"]) + "\n]\n}\n"
+
+
+def device_name(dump: dict[str, Any]) -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    return dump["machine_info"]["cpu"].get("brand_raw") or f"{platform.machine()} CPU"
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device.lower())).strip("-")
+
+
+def git(*arguments: str) -> str | None:
+    """Output of git, None outside a checkout or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=BENCHES, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def measure(op: str, *, quick: bool) -> dict[str, Any] | None:
+    """pytest-benchmark's dump for one op, None when a benchmark failed; pytest has printed why."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "dump.json"
+        options = ["-q", "--benchmark-quiet", f"--benchmark-json={dump}", "-W", "ignore::DeprecationWarning"]
+        options += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
+        if quick:
+            options += ["-k", "small"]
+        status = pytest.main([str(BENCHES / f"bench_{op}.py"), *options])
+        return json.loads(dump.read_text()) if status == pytest.ExitCode.OK else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    ops = sorted(path.stem.removeprefix("bench_") for path in BENCHES.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Ops against their baselines.")
+    parser.add_argument("--op", choices=ops, help="measure one op (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small shapes only, write nothing")
+    options = parser.parse_args(arguments)
+    for name in MISLEADING:
+        if os.environ.get(name) and not options.quick:
+            parser.error(f"results measured under {name}={os.environ[name]} must not be kept: unset it or use --quick")
+
+    # Before anything is written, which would make the checkout differ from its commit.
+    commit = (git("describe", "--always", "--dirty", "--exclude=*") or "unknown").strip()
+    failed = []
+    for op in [options.op] if options.op else ops:
+        dump = measure(op, quick=options.quick)
+        if dump is None:
+            failed.append(op)
+            continue
+        result: dict[str, Any] = {
+            "op": op,
+            "device": device_name(dump),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "commit": commit,
+            "rows": rows_of(dump),
+        }
+        path = BENCHES / "results" / slug(result["device"]) / f"{op}.json"
+        before = git("show", f"HEAD:./{path.relative_to(BENCHES).as_posix()}")
+        print("\n".join(lines(result, json.loads(before) if before else None)), flush=True)
+        if not options.quick:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text_of(result))
+    if failed:
+        print(f"failed, so without a row: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

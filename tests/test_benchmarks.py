@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import (
+    bench_gather_logprobs,
+    bench_information_gain,
+    bench_masked_advantages,
+    bench_topk_search,
+    measure,
+    report,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ["gather_logprobs", "information_gain", "masked_advantages", "topk_search"]
+
+
+#: The quick report as from the command line, in the fewest rounds; then again with a kernel that is off by one.
+DRIVER = """
+from benchmarks import measure, report
+from stepcredit import dispatch
+
+measure.SECONDS = 0.0
+right = report.main(["--quick"])
+print("BROKEN")
+kernel = dispatch.function("masked_advantages", "cpu")
+dispatch.register("masked_advantages", "cpu", dispatch.always)(lambda *args, **options: kernel(*args, **options) + 1)
+wrong = report.main(["--quick", "--op", "masked_advantages"])
+print("EXIT", right, wrong)
+"""
+
+
+def stored():
+    return {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").rglob("*.json")}
+
+
+def dump(*benches):
+    return {
+        "machine_info": {"cpu": {"brand_raw": "Some(R) CPU @ 2.10GHz"}},
+        "benchmarks": [{"params": p, "stats": {"min": s, "max": 9.0}, "extra_info": e} for p, s, e in benches],
+    }
+
+
+def result(*rows, **fields):
+    return {"op": "op", "device": "cpu", "torch": "2.13", "threads": 2, "commit": "abc", "rows": list(rows), **fields}
+
+
+def test_quick_report():
+    """Every benchmark on its small shape. That torch compiles is for the measurement: it takes a minute."""
+    before = stored()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST") and k not in report.MISLEADING}
+    plain = {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], cwd=ROOT, env={**kept, **plain}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("EXIT 0 1\n"), done.stdout + done.stderr
+    right, wrong = done.stdout.split("BROKEN\n")
+    for op in OPS:
+        assert f"\n{op} on " in right
+    rows = [line for line in right.splitlines() if line.startswith("  small ")]
+    assert len(rows) >= 9
+    assert all(" eager " in row and " compiled " in row for row in rows)
+    assert "failed, so without a row: masked_advantages" in wrong
+    assert "  small " not in wrong
+    assert stored() == before
+
+
+def test_results_are_written_and_compared(tmp_path, monkeypatch, capsys):
+    """One file an op; an op whose benchmark failed keeps its old one."""
+    for op in ("right", "wrong"):
+        (tmp_path / f"bench_{op}.py").touch()
+    committed = report.text_of(result({"shape": "small", "seconds": 3.0}))
+    dumps = {"right": dump(({"shape": "small"}, 1.5, {})), "wrong": None}
+    monkeypatch.setattr(report, "BENCHES", tmp_path)
+    monkeypatch.setattr(report, "DEVICE", "cpu")
+    monkeypatch.setattr(report, "measure", lambda op, quick: dumps[op])
+    monkeypatch.setattr(report, "git", lambda command, *_: committed if command == "show" else "abc\n")
+    for name in report.MISLEADING:
+        monkeypatch.delenv(name, raising=False)
+    assert report.main([]) == 1
+    (path,) = (tmp_path / "results").rglob("*.json")
+    assert path.relative_to(tmp_path / "results") == Path("some-cpu-2-10ghz", "right.json")
+    written = json.loads(path.read_text())
+    assert written["commit"] == "abc"
+    assert written["rows"] == [{"shape": "small", "seconds": 1.5}]
+    out = capsys.readouterr().out
+    assert "before 3 s, 2.00x" in out
+    assert out.endswith("failed, so without a row: wrong\n")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_git_answers_or_is_none(tmp_path, monkeypatch):
+    assert report.git("version").startswith("git version")
+    assert report.git("no-such-command") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.git("version") is None
+
+
+def test_rows_of():
+    params = {"shape": "small", "dtype": "UNSERIALIZABLE[torch.bfloat16]", "window": 4}
+    rows = report.rows_of(dump((params, 0.00123456, {"flops": 123456789, "eager_over_ours": 1.23456}), (None, 2.0, {})))
+    assert rows == [
+        {
+            "shape": "small",
+            "dtype": "bfloat16",
+            "window": "4",
+            "seconds": 0.001235,
+            "flops": 123456789,
+            "eager_over_ours": 1.235,
+        },
+        {"seconds": 2.0},
+    ]
+    assert report.case_of(rows[0]) == "small bfloat16 4"
+
+
+def test_lines_compare_with_what_is_committed():
+    row = {"shape": "small", "dtype": "float32", "seconds": 0.002, "eager_seconds": 0.001, "eager_over_ours": 0.5}
+    new = result(row, {**row, "shape": "large", "peak_bytes": 2_000_000}, threads=1)
+    old = result({**row, "seconds": 0.003}, commit="old")
+    heading, small, large = report.lines(new, old)
+    assert "1 threads, commit abc; before: torch 2.13, 2 threads, commit old" in heading
+    assert small.split() == ["small", "float32", "2", "ms", "eager", "0.50x", "before", "3", "ms,", "1.50x"]
+    assert large.split() == ["large", "float32", "2", "ms", "eager", "0.50x", "peak", "2", "MB"]
+    assert "before" not in "".join(report.lines(new, None))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0125, "12.5 ms"), (3e-6, "3 us"), (4e-8, "0.04 us")])
+def test_durations(seconds, text):
+    assert report.line({"seconds": seconds}, None).split() == text.split()
+
+
+def test_text_has_a_row_a_line():
+    value = result({"shape": "small", "seconds": 1.0}, {"shape": "large", "seconds": 2.0})
+    text = report.text_of(value)
+    assert json.loads(text) == value
+    assert '\n{"shape": "large", "seconds": 2.0}\n' in text
+
+
+@pytest.mark.parametrize(
+    ("device", "slug"), [("Some(R) CPU(TM) @ 2.10GHz", "some-cpu-2-10ghz"), ("NVIDIA H200", "nvidia-h200")]
+)
+def test_slug(device, slug):
+    assert report.slug(device) == slug
+
+
+@pytest.mark.parametrize("name", report.MISLEADING)
+def test_misleading_results_are_not_kept(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    assert f"{name}=1" in capsys.readouterr().err
+
+
+class Benchmark:
+    """As much of the fixture as benchmarks use, without a table at the end of the tests."""
+
+    def __init__(self):
+        self.extra_info = {}
+        self.stats = SimpleNamespace(stats=SimpleNamespace(min=2.0))
+        self.measured = False
+
+    def pedantic(self, function, *, setup, rounds):
+        self.measured = True
+        for _ in range(rounds):
+            setup()
+            function()
+
+
+def wrong_gather(*args):
+    return bench_gather_logprobs.eager(*args) + 0.01
+
+
+def wrong_last_token(*batch, **_):
+    out = bench_masked_advantages.eager(*batch)
+    out[-1] += 0.01
+    return out
+
+
+def wrong_last_step(*layout, **options):
+    out = bench_information_gain.reference.information_gain(*layout, **options)
+    out.gain[-1] += 0.01
+    return out
+
+
+def wrong_order(*args):
+    scores, ids = bench_topk_search.eager(*args)
+    return scores, ids.roll(1, dims=1)
+
+
+def wrong_duplicates(*args):
+    scores, ids = bench_topk_search.eager(*args)
+    return scores[:, :1].expand_as(scores), ids[:, :1].expand_as(ids)
+
+
+@pytest.mark.parametrize(
+    ("bench", "op", "wrong", "options"),
+    [
+        (bench_gather_logprobs, "gather_logprobs", wrong_gather, {"passes": "forward"}),
+        (bench_masked_advantages, "masked_advantages", wrong_last_token, {}),
+        (bench_information_gain, "information_gain", wrong_last_step, {}),
+        (bench_topk_search, "topk_search", wrong_order, {}),
+        (bench_topk_search, "topk_search", wrong_duplicates, {}),
+    ],
+)
+def test_a_wrong_kernel_has_no_speed(bench, op, wrong, options, monkeypatch):
+    monkeypatch.setattr(bench, op, wrong)
+    benchmark = Benchmark()
+    with pytest.raises(AssertionError):
+        getattr(bench, f"test_{op}")(benchmark, "small", torch.float32, **options)
+    assert not benchmark.measured
+
+
+def test_baselines_run_between_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(measure, "seconds", lambda run: run() or 3.0)
+    benchmark, calls = Benchmark(), []
+    baselines = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    measure.interleave(benchmark, lambda: calls.append("ours"), baselines)
+    assert calls[-9:] == ["a", "b", "ours"] * 3
+    assert benchmark.extra_info == {"a_seconds": 3.0, "a_over_ours": 1.5, "b_seconds": 3.0, "b_over_ours": 1.5}
+
+
+def test_peak_bytes_is_the_most_alive_at_once():
+    def function():
+        kept = torch.ones(1024)
+        for _ in range(3):
+            kept = kept + torch.ones(1024)
+
+    measured = measure.peak_bytes(function)
+    assert 3 * 4096 <= measured < 4 * 4096
+    assert measure.size_bytes(torch.ones(3), torch.ones(2, dtype=torch.bool)) == 14
