@@ -37,6 +37,7 @@ def audit(
         RuntimeError: a score differs by more than rounding; names the step.
     """
     sample = sorted(branches, key=lambda key: hash_key(seed, "audit", *key))[:SAMPLE]
+    policy.even_out(sum(len(context) for key in sample for context in forest.steps[key]))
     worst = 0.0
     for b, t in sample:
         one = branches[b, t]

@@ -4,109 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepcredit.head import head_logprobs
-from stepcredit.ops import tree_attention
-from stepcredit.ops.tree_attention import TreeLayout
-from stepcredit.packing import Bin, TokenTree, pack
+from stepcredit.packing import TokenTree, pack
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.tokens import decode, encode
-
-#: Name under which the tree attention is registered with transformers.
-ATTENTION = "stepcredit_tree"
+from stepcredit.tree_forward import ATTENTION, tree_logprobs
 
 _SERVED_LAYERS = {"full_attention", "sliding_attention", "attention"}
-
-
-class _Captured(Exception):
-    """A layer was run for its keys and values alone."""
-
-
-@dataclass(slots=True)
-class _Pass:
-    """Travels through a forward pass as the keyword `tree`.
-
-    Attributes:
-        layout: of the T packed tokens.
-        rows: int64 [R], the tokens whose last hidden states are read.
-        layers: how many layers used it.
-        capture: the next attention keeps its keys and values in `kept` and stops there.
-        kept: keys and values of all T tokens, for a layer that is given `rows` alone.
-    """
-
-    layout: TreeLayout
-    rows: torch.Tensor
-    layers: int = 0
-    capture: bool = False
-    kept: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    tree: _Pass | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """The transformers attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D], rotary embedding
-    applied; returns [1, T, Hq, D]."""
-    name = type(module).__name__
-    if tree is None:
-        raise ValueError(f"{name}: the attention {ATTENTION!r} needs model(..., tree=...); it serves PolicyScorer only")
-    if attention_mask is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
-        raise ValueError(f"{name}: tree attention has no attention mask, sinks or position bias")
-    # Under autocast the rotary embedding may leave query and key wider than value.
-    query, key, value = (x[0].transpose(0, 1) for x in (query.to(value.dtype), key.to(value.dtype), value))
-    if tree.capture:
-        tree.kept = key, value
-        raise _Captured
-    tree.layers += 1
-    if tree.kept is not None:
-        key, value = tree.kept
-        query = query.new_zeros(len(key), *query.shape[1:]).index_copy_(0, tree.rows, query)
-    out = tree_attention(query, key, value, tree.layout, scale=scaling, softcap=softcap, window=sliding_window)
-    return (out if tree.kept is None else out[tree.rows])[None], None
-
-
-def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pre-forward hook of the last layer: it is run once for the keys and values of all tokens, up to there, and then
-    goes on with the rows that are read. A layer with inputs that are not known here is left alone."""
-    known = {"hidden_states", "position_embeddings", "position_ids"}
-    per_token = {name: value for name, value in kwargs.items() if name in known and value is not None}
-    others = [value for name, value in kwargs.items() if name not in known]
-    if len(args) > 1 or any(isinstance(value, (torch.Tensor, tuple, list)) for value in others):
-        return None
-    carrier.capture = True
-    try:
-        module.forward(*args, **kwargs)
-    except _Captured:
-        pass
-    finally:
-        carrier.capture = False
-    if carrier.kept is None:
-        return None
-
-    def select(value: Any) -> Any:
-        return tuple(map(select, value)) if isinstance(value, tuple) else value[:, carrier.rows]
-
-    return select(args), {**kwargs, **{name: select(value) for name, value in per_token.items()}}
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda **_: None)
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -192,27 +99,20 @@ class PolicyScorer:
         device, vocabulary = head.weight.device, head.weight.shape[0]
         bins = pack(trees, max_tokens)
         out = torch.zeros(sum(b.places.numel() for b in bins), device=device)
+        for item in bins:
+            highest = max(int(item.tokens.max()), int(item.targets.max()))
+            if highest >= vocabulary:
+                raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
+            longest = int(item.layout.positions.max()) + 1
+            if self.max_context is not None and longest > self.max_context:
+                name = trees[int(item.row_trees[0])].name
+                raise ValueError(f"a path of {longest} tokens exceeds the {self.max_context} positions ({name})")
+        self.even_out(len(bins))
         with self._prepared(ATTENTION):
             for item in bins:
-                highest = max(int(item.tokens.max()), int(item.targets.max()))
-                if highest >= vocabulary:
-                    raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
-                longest = int(item.layout.positions.max()) + 1
-                if self.max_context is not None and longest > self.max_context:
-                    name = trees[int(item.row_trees[0])].name
-                    raise ValueError(f"a path of {longest} tokens exceeds the {self.max_context} positions ({name})")
-                hidden = self._forward(item)
-                logprobs = torch.empty(len(item.rows), device=device)
-                for temperature in item.temperatures.unique().tolist():
-                    at = (item.temperatures == temperature).nonzero().squeeze(1)
-                    names = [trees[tree].name for tree in item.row_trees[at].tolist()]
-                    logprobs[at.to(device)] = head_logprobs(
-                        self.model,
-                        hidden[at.to(device)],
-                        item.targets[at].to(device),
-                        temperature=temperature,
-                        name=names.__getitem__,
-                    ).float()
+                names = [trees[tree].name for tree in item.row_trees.tolist()]
+                logprobs = tree_logprobs(self.model, item, names.__getitem__)
+                self.tokens_forwarded += item.tokens.numel()
                 out[item.places.to(device)] = logprobs[item.sources.to(device)]
         return out
 
@@ -225,37 +125,23 @@ class PolicyScorer:
             logits = self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
         return logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None])[:, 0]
 
-    def _forward(self, item: Bin) -> torch.Tensor:
-        """The last hidden states [N, H] that the reads of a bin need."""
-        base = self.model.base_model
-        rows, reads = item.rows.unique(return_inverse=True)
+    @torch.no_grad()
+    def even_out(self, forwards: int) -> None:
+        """Called by every rank that holds a shard of the model before the forward passes it is about to run: each takes
+        part in the others' collectives, so ranks with fewer run the difference over a single token. Nothing for a model
+        that is not sharded by FSDP2."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        if not any(isinstance(module, FSDPModule) for module in self.model.modules()):
+            return
         device = self.model.get_output_embeddings().weight.device
-        layout = item.layout.to(device)
-        carrier = _Pass(layout, rows.to(device))
-        stack = getattr(base, "layers", None)
-        hook = None
-        if isinstance(stack, torch.nn.ModuleList):
-            hook = stack[-1].register_forward_pre_hook(partial(_trim, carrier), with_kwargs=True)
-        try:
-            hidden: torch.Tensor = base(
-                input_ids=item.tokens[None].to(device),
-                position_ids=layout.positions[None],
-                use_cache=False,
-                tree=carrier,
-            ).last_hidden_state[0]
-        finally:
-            if hook is not None:
-                hook.remove()
-        layers = self.model.config.get_text_config().num_hidden_layers
-        if carrier.layers != layers:
-            raise RuntimeError(
-                f"{type(self.model).__name__}: {carrier.layers} of {layers} layers used tree attention; its scores"
-                " would be wrong"
-            )
-        self.tokens_forwarded += item.tokens.numel()
-        if carrier.kept is None:
-            hidden = hidden[carrier.rows]
-        return hidden[reads.to(device)]
+        most = torch.tensor(forwards, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        with self._prepared("eager"):
+            for _ in range(int(most) - forwards):
+                self.model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
 
     @contextmanager
     def _prepared(self, attention: str) -> Iterator[None]:

@@ -1,0 +1,165 @@
+"""One forward pass of a Hugging Face model over a bin of token trees, read at chosen tokens.
+
+Nothing of the model is patched: the attention comes in through the registry of transformers, and two hooks, taken off
+afterwards, keep the last layer and the head to the rows that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from stepcredit.head import head_logprobs
+from stepcredit.ops import tree_attention
+from stepcredit.ops.tree_attention import TreeLayout
+from stepcredit.packing import Bin
+
+#: Name under which the tree attention is registered with transformers.
+ATTENTION = "stepcredit_tree"
+
+
+class _Captured(Exception):
+    """A layer was run for its keys and values alone."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Travels through a forward pass as the keyword `tree`.
+
+    Attributes:
+        layout: of the T packed tokens.
+        rows: int64 [R], the tokens whose last hidden states are read.
+        layers: how many layers used it.
+        capture: the next attention keeps its keys and values in `kept` and stops there.
+        kept: keys and values of all T tokens, for a layer that is given `rows` alone.
+    """
+
+    layout: TreeLayout
+    rows: torch.Tensor
+    layers: int = 0
+    capture: bool = False
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    tree: _Pass | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """The transformers attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D], rotary embedding
+    applied; returns [1, T, Hq, D]."""
+    name = type(module).__name__
+    if tree is None:
+        raise ValueError(f"{name}: the attention {ATTENTION!r} needs model(..., tree=...); it serves PolicyScorer only")
+    if attention_mask is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
+        raise ValueError(f"{name}: tree attention has no attention mask, sinks or position bias")
+    # Under autocast the rotary embedding may leave query and key wider than value.
+    query, key, value = (x[0].transpose(0, 1) for x in (query.to(value.dtype), key.to(value.dtype), value))
+    if tree.capture:
+        tree.kept = key, value
+        raise _Captured
+    tree.layers += 1
+    if tree.kept is not None:
+        key, value = tree.kept
+        query = query.new_zeros(len(key), *query.shape[1:]).index_copy_(0, tree.rows, query)
+    out = tree_attention(query, key, value, tree.layout, scale=scaling, softcap=softcap, window=sliding_window)
+    return (out if tree.kept is None else out[tree.rows])[None], None
+
+
+def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-forward hook of the last layer: it is run once for the keys and values of all tokens, up to there, and then
+    goes on with the rows that are read. A layer with inputs that are not known here is left alone."""
+    known = {"hidden_states", "position_embeddings", "position_ids"}
+    per_token = {name: value for name, value in kwargs.items() if name in known and value is not None}
+    others = [value for name, value in kwargs.items() if name not in known]
+    if len(args) > 1 or any(isinstance(value, (torch.Tensor, tuple, list)) for value in others):
+        return None
+    carrier.capture = True
+    try:
+        module.forward(*args, **kwargs)
+    except _Captured:
+        pass
+    finally:
+        carrier.capture = False
+    if carrier.kept is None:
+        return None
+
+    def select(value: Any) -> Any:
+        return tuple(map(select, value)) if isinstance(value, tuple) else value[:, carrier.rows]
+
+    return select(args), {**kwargs, **{name: select(value) for name, value in per_token.items()}}
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda **_: None)
+
+
+def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str]) -> torch.Tensor:
+    """The N distinct log-probs that a bin's reads ask for.
+
+    Args:
+        model: a causal language model whose attention implementation is `ATTENTION`.
+        item: the bin.
+        name: what to call a log-prob's tree in an error.
+
+    Returns:
+        float32 [N] on the model's device, nats.
+
+    Raises:
+        FloatingPointError: the policy gives hidden states or log-probs that are not finite; names the tree.
+        RuntimeError: some of the model's layers did not use tree attention, or its head did not run.
+    """
+    head = model.get_output_embeddings()
+    device = head.weight.device
+    rows, reads = item.rows.unique(return_inverse=True)
+    carrier = _Pass(item.layout.to(device), rows.to(device))
+    logprobs = torch.empty(len(item.rows), device=device)
+    ran: list[bool] = []
+
+    # Inside the model's own forward, where a sharded head has its whole weight.
+    def read(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        ran.append(True)
+        hidden = args[0][0] if carrier.kept is not None else args[0][0, carrier.rows]
+        for temperature in item.temperatures.unique().tolist():
+            at = (item.temperatures == temperature).nonzero().squeeze(1)
+            chosen = at.tolist()
+            logprobs[at.to(device)] = head_logprobs(
+                model,
+                hidden[reads[at].to(device)],
+                item.targets[at].to(device),
+                temperature=temperature,
+                name=lambda row: name(chosen[row]),  # noqa: B023  (called before the next round)
+            ).float()
+        return (args[0][:, :0],)  # the head itself has nothing left to do
+
+    hooks = [head.register_forward_pre_hook(read)]
+    layers = model.config.get_text_config().num_hidden_layers
+    stacks = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+    if (stack := next(stacks, None)) is not None:
+        hooks.append(stack[-1].register_forward_pre_hook(partial(_trim, carrier), with_kwargs=True))
+    try:
+        tokens, positions = item.tokens[None].to(device), carrier.layout.positions[None]
+        model(input_ids=tokens, position_ids=positions, use_cache=False, tree=carrier)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if carrier.layers != layers or len(ran) != 1:
+        raise RuntimeError(
+            f"{type(model).__name__}: {carrier.layers} of {layers} layers used tree attention and its head ran"
+            f" {len(ran)} times; its scores would be wrong"
+        )
+    return logprobs
