@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import stepcredit
 from numerics import check
-from stepcredit import reference
+from stepcredit import dispatch, reference
+from stepcredit.ops import _tree_attention_cpu, _tree_attention_flex
 from stepcredit.ops.tree_attention import OP, TreeLayout, tree_attention
 
-IMPLS = ("cpu", "reference")
+# On the CPU flex runs uncompiled, which torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+IMPLS = ("cpu", "flex", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+#: A trunk and leaves of several tiles and blocks, siblings that share a tile and siblings that do not.
+LONG = [(600, -1, 0), (60, 0, 500), (50, 0, 500), (90, 0, 500), (300, 0, 500), (3, 0, 500), (40, 4, 300), (140, -1, 0)]
 
 #: (lengths, parent, tokens of the parent that are seen): a trunk with two equal leaves and one other at one fork, a
 #: leaf of a leaf, a leaf elsewhere, an empty segment, and a second tree.
@@ -116,12 +126,116 @@ def test_empty_and_one(impl: str, lengths: list[int]) -> None:
     torch.testing.assert_close(out, v.repeat_interleave(2, dim=1))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_long_segment_with_softcap_and_window_spans_several_tiles(impl: str) -> None:
-    tree = layout([(600, -1, 0), (300, 0, 500), (3, 0, 500)])
-    q, k, v = qkv(tree.num_tokens, 2, 1, 4)
-    out = tree_attention(q, k, v, tree, softcap=5.0, window=280, impl=impl)
-    check(out, gold(q, k, v, tree, 0.5, 5.0, 280), q, k, v)
+@pytest.mark.parametrize("impl", ["cpu", "flex"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (None, 280), (5.0, 280)])
+def test_several_tiles(impl: str, dtype: torch.dtype, softcap: float | None, window: int | None) -> None:
+    tree = layout(LONG)
+    q, k, v = qkv(tree.num_tokens, 2, 1, 4, dtype)
+    out = tree_attention(q, k, v, tree, softcap=softcap, window=window, impl=impl)
+    check(out, gold(q, k, v, tree, 0.5, softcap, window), q, k, v)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("missing", ["product", "room"])
+def test_bfloat16_where_rows_of_scores_do_not_serve(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, missing: str
+) -> None:
+    if missing == "product":
+        monkeypatch.setattr(_tree_attention_cpu, "multiplies_bfloat16", lambda *_: False)
+    else:
+        monkeypatch.setattr(_tree_attention_cpu, "SCORES", 0)
+    tree = layout(LONG)
+    q, k, v = qkv(tree.num_tokens, 2, 1, 4, torch.bfloat16)
+    out = tree_attention(q, k, v, tree, softcap=softcap, impl="cpu")
+    check(out, gold(q, k, v, tree, 0.5, softcap, None), q, k, v)
+
+
+def test_bfloat16_scores_are_not_rounded() -> None:
+    # Scores of 256 and 257 are the same number in bfloat16, and their softmax is not 1/2.
+    tree = TreeLayout.build([2], [[]])
+    q = torch.tensor([[1.0, 1.0], [1.0, 1.0]]).bfloat16()[:, None]
+    k = torch.tensor([[256.0, 0.0], [256.0, 1.0]]).bfloat16()[:, None]
+    v = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).bfloat16()[:, None]
+    for impl in IMPLS:
+        out = tree_attention(q, k, v, tree, scale=1.0, impl=impl)
+        assert out[1, 0, 0].item() == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=4e-3), impl
+
+
+def test_tiles_cover_every_row_once_and_see_its_path() -> None:
+    for segments in (SEGMENTS, LONG):
+        tree = layout(segments)
+        values = (t.numpy().tobytes() for t in (tree.cu_segments, tree.cu_ranges, tree.ranges))
+        mask = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.bool)
+        end = 0
+        for tile in _tree_attention_cpu.plan(*values, None):
+            assert tile.start == end
+            assert tile.stop - tile.start <= _tree_attention_cpu.ROWS
+            assert all(a[1] != b[0] for a, b in zip(tile.keys, tile.keys[1:], strict=False))
+            end = tile.stop
+            for start, stop in tile.keys:
+                mask[tile.start : tile.stop, start:stop] = True
+            mask[tile.start : tile.stop, tile.start : tile.stop] = tile.own == 0
+        assert end == tree.num_tokens
+        parts = (tree.cu_segments, tree.cu_ranges, tree.ranges, tree.positions)
+        assert torch.equal(mask, reference.tree_mask(*parts, None))
+
+
+def test_a_layout_that_changes_in_place_gets_its_own_plan() -> None:
+    tree, other = layout([(5, -1, 0), (4, 0, 5)]), layout([(5, -1, 0), (4, 0, 2)])
+    q, k, v = qkv(9)
+    before = tree_attention(q, k, v, tree, impl="cpu")
+    tree.ranges.copy_(other.ranges)
+    tree.positions.copy_(other.positions)
+    after = tree_attention(q, k, v, tree, impl="cpu")
+    assert not torch.isclose(after[5:], before[5:]).all()
+    check(after, gold(q, k, v, other, 8**-0.5, None, None), q, k, v)
+
+
+@pytest.mark.parametrize("window", [None, 1, 200, 5000])
+def test_flex_block_mask(window: int | None) -> None:
+    """The mask is the reference's; a block is full where all of it is seen, and none that is seen is left out."""
+    tree = layout(LONG)
+    parts = (tree.cu_segments, tree.cu_ranges, tree.ranges, tree.positions)
+    mask = reference.tree_mask(*parts, window)
+    blocks = _tree_attention_flex.block_mask(*parts, window)
+    at = torch.arange(tree.num_tokens)
+    assert torch.equal(blocks.mask_mod(0, 0, at[:, None], at), mask)
+    size = _tree_attention_flex.BLOCK
+    n = -(-tree.num_tokens // size)
+    padded = torch.nn.functional.pad(mask, [0, n * size - tree.num_tokens] * 2)
+    pairs = padded.view(n, size, n, size).transpose(1, 2).flatten(2)
+    part, full = torch.zeros(2, n, n, dtype=torch.bool)
+    for row in range(n):
+        part[row, blocks.kv_indices[0, 0, row, : blocks.kv_num_blocks[0, 0, row]].long()] = True
+        full[row, blocks.full_kv_indices[0, 0, row, : blocks.full_kv_num_blocks[0, 0, row]].long()] = True
+    assert torch.equal(full, pairs.all(-1))
+    assert not (part & full).any()
+    assert ((part | full) >= pairs.any(-1)).all()
+    if window is None:
+        assert torch.equal(part | full, pairs.any(-1))
+
+
+def test_flex_serves_cuda_tensors_and_no_cpu_tensor_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPCREDIT_IMPL", raising=False)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert dispatch.resolve(OP, None, torch.zeros(1, 1, 64, dtype=dtype)) in ("cpu", "reference")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    with FakeTensorMode():
+        small, large, double = (
+            torch.zeros(1, 1, width, dtype=dtype, device="cuda")
+            for width, dtype in ((8, torch.float32), (64, torch.bfloat16), (64, torch.float64))
+        )
+        assert dispatch.resolve(OP, None, large) == "flex"
+        with pytest.raises(ValueError, match="head size of at least 16, got 8"):
+            dispatch.resolve(OP, "flex", small)
+        with pytest.raises(ValueError, match="on CUDA it serves float32, bfloat16, float16, got float64"):
+            dispatch.resolve(OP, "flex", double)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(ValueError, match="Triton, which is not installed"):
+            dispatch.resolve(OP, "flex", large)
+    with pytest.raises(ValueError, match="got one on meta"):
+        dispatch.resolve(OP, "flex", torch.zeros(1, 1, 64, device="meta"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -149,7 +263,7 @@ def test_opcheck_and_compile() -> None:
     tree = layout(SEGMENTS)
     q, k, v = qkv(tree.num_tokens)
     parts = (tree.cu_segments, tree.cu_ranges, tree.ranges, tree.positions)
-    for impl in IMPLS:
+    for impl in ("cpu", "reference"):  # opcheck reads storages, which the vmap inside FlexAttention does not have
         torch.library.opcheck(torch.ops.stepcredit.tree_attention.default, (q, k, v, *parts, 0.3, None, 3, impl))
     compiled = torch.compile(lambda q, k, v: tree_attention(q, k, v, tree) * 2, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(q, k, v), tree_attention(q, k, v, tree) * 2)

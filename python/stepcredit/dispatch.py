@@ -1,6 +1,6 @@
 """Which implementation of an op runs: the one place where that is decided.
 
-Order: `cuda`, `triton`, `cpu`, `reference`, the first that can run for these tensors. `impl=` on a call, or the
+Order: `cuda`, `triton`, `cpu`, `flex`, `reference`, the first that can run for these tensors. `impl=` on a call, or the
 environment variable `STEPCREDIT_IMPL` for every call, names one explicitly; if that one cannot run, a ValueError says
 why. Nothing here catches an exception of a kernel.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = ("cuda", "triton", "cpu", "flex", "reference")
 
 #: Says in one sentence why an implementation cannot run for these tensors; None when it can.
 WhyNot = Callable[..., "str | None"]
