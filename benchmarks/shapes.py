@@ -1,6 +1,16 @@
 """Every shape that is measured, by op and name. `small` is what `python -m benchmarks.report --quick` runs."""
 
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
+    # Searches a rollout, other passages a step, tokens of passages, rollouts of the group.
+    "counterfactual": {
+        "small": {"searches": 1, "random": 2, "passage": 30, "rollouts": 3},
+        "1 search": {"searches": 1, "random": 3, "passage": 450, "rollouts": 5},
+        "3 searches, short": {"searches": 3, "random": 3, "passage": 150, "rollouts": 5},
+        "3 searches": {"searches": 3, "random": 3, "passage": 450, "rollouts": 5},
+        "3 searches, 1 random": {"searches": 3, "random": 1, "passage": 450, "rollouts": 5},
+        "3 searches, 8 random": {"searches": 3, "random": 8, "passage": 150, "rollouts": 5},
+        "5 searches": {"searches": 5, "random": 3, "passage": 450, "rollouts": 2},
+    },
     "gather_logprobs": {
         "small": {"rows": 256, "width": 64, "vocabulary": 1003},
         # The head of SmolLM2-135M on the policy tokens of a few rollouts.
@@ -23,5 +33,48 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         "batch": {"queries": 256, "passages": 100_000, "width": 384, "k": 3},
         # The most likely tokens of a teacher: hidden rows against the head of SmolLM2-135M.
         "teacher": {"queries": 512, "passages": 49152, "width": 576, "k": 32},
+    },
+    "tree_attention": {
+        "small": {
+            "trees": 1,
+            "prompt": 30,
+            "rollouts": 2,
+            "rollout": 40,
+            "searches": 2,
+            "counterfactuals": 2,
+            "leaf": 12,
+            "probe": 4,
+            "heads": 4,
+            "kv_heads": 2,
+            "width": 16,
+        },
+        # A layer of SmolLM2-135M over the quickstart's questions: short trunks, leaves of a few dozen tokens.
+        "short_leaves": {
+            "trees": 2,
+            "prompt": 110,
+            "rollouts": 4,
+            "rollout": 150,
+            "searches": 2,
+            "counterfactuals": 3,
+            "leaf": 45,
+            "probe": 11,
+            "heads": 9,
+            "kv_heads": 3,
+            "width": 64,
+        },
+        # The same layer over one rollout of three searches with three passages each.
+        "long_leaves": {
+            "trees": 1,
+            "prompt": 150,
+            "rollouts": 1,
+            "rollout": 1350,
+            "searches": 3,
+            "counterfactuals": 3,
+            "leaf": 470,
+            "probe": 15,
+            "heads": 9,
+            "kv_heads": 3,
+            "width": 64,
+        },
     },
 }
