@@ -1,0 +1,255 @@
+"""Counterfactual scoring against separate contexts: `pytest benchmarks/bench_counterfactual.py`.
+
+Four ways to score every search step of a group of rollouts under its own and N other passages:
+
+* `separate`: each context a whole sequence, left-padded, a batch per step, as IG-Search's released code runs them;
+* `cached`: each context a continuation of a kept cache of the rollout, the N others as one batch;
+* ours, unfolded: one packed pass;
+* ours, folded: what it adds to the packed pass over the policy's old log-probs, which GRPO makes anyway.
+
+A run of `separate` takes minutes on a CPU, so each way is timed once, after a warm-up on the small shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.measure import DEVICE, synchronised
+from benchmarks.shapes import SHAPES
+from stepcredit import Question, RolloutBatch, SpanKind
+from stepcredit.contexts import read_trunk
+from stepcredit.counterfactual import StepGains, score_steps
+from stepcredit.forest import plant
+from stepcredit.protocol import get_protocol
+from stepcredit.scorer import PolicyScorer
+from stepcredit.train.engine import Transcript
+from stepcredit.train.policy import tiny_policy
+
+PROTOCOL = get_protocol("search_r1")
+#: Largest difference of a score, nats per token, at which a way still counts as right.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+WORDS = [f"{a}{b}{c}" for a in "kstnm" for b in "aeiou" for c in "lrnsk"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way, run once: scores [steps, 1 + N], time, memory beyond what was there before, tokens forwarded."""
+
+    scores: torch.Tensor
+    seconds: float
+    peak_bytes: int
+    tokens: int
+
+
+@cache
+def policy(dtype: torch.dtype) -> PolicyScorer:
+    """Random weights in the shape of SmolLM2-135M; only token ids matter, so the tokenizer is a small one."""
+    tokenizer = tiny_policy([" ".join(WORDS), "<think></think><search></search><information></information>"], 0)[1]
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    return PolicyScorer(model.to(DEVICE, dtype).eval(), tokenizer, PROTOCOL)
+
+
+def text(tokens: int, seed: object) -> str:
+    """Words that take this many tokens."""
+    rng, scorer, words = random.Random(repr(seed)), policy(torch.float32), ["so"]
+    while len(scorer.encode(" ".join(words))) < tokens:
+        words.append(rng.choice(WORDS))
+    return scorer.decode(scorer.encode(" ".join(words))[:tokens])
+
+
+@cache
+def batch(searches: int, passage: int, rollouts: int) -> RolloutBatch:
+    """A group: one prompt of 200 tokens, then per search 40 tokens of reasoning and query, and its passages."""
+    tokenizer = policy(torch.float32).tokenizer
+    question = Question("q", "Which?", (text(6, "answer"),))
+    made = []
+    for b in range(rollouts):
+        t = Transcript(question, tokenizer.encode(text(200, "prompt")), tokenizer, PROTOCOL)
+        for step in range(searches):
+            ids = tokenizer.encode(f"<think>{text(25, (b, step))}</think><search>{text(10, (b, step, 1))}</search>")
+            t.add_policy(ids, [-1.0] * len(ids))
+            t.add_environment(
+                f"\n<information>\n{text(passage, (b, step, 2))}\n</information>\n", SpanKind.DOCUMENTS, step
+            )
+        ids = tokenizer.encode(f"<answer>{text(6, b)}</answer>")
+        t.add_policy(ids, [-1.0] * len(ids))
+        made.append(t.finish("answered", "so"))
+        made[-1].rewards["total"] = 0.0
+    return RolloutBatch.pack(made, DEVICE)
+
+
+def measured(function: Callable[[], tuple[torch.Tensor, int]]) -> Way:
+    """Runs once. On a CPU the peak is that of resident memory, looked at every few milliseconds."""
+    result: list[tuple[torch.Tensor, int]] = []
+    run = synchronised(lambda: result.append(function()))
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        run()
+        taken = time.perf_counter() - start
+        return Way(result[0][0], taken, torch.cuda.max_memory_allocated() - before, result[0][1])
+    done = threading.Event()
+    before = peak = _resident()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    run()
+    taken = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    return Way(result[0][0], taken, peak - before, result[0][1])
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def passages(data: RolloutBatch, rollout: int, step: int) -> slice:
+    span = data.rollouts[rollout].find(SpanKind.DOCUMENTS, step)
+    assert span is not None
+    return slice(span.start, span.stop)
+
+
+def contexts(data: RolloutBatch, gains: StepGains) -> list[tuple[int, int, list[list[int]]]]:
+    """Per step: its rollout, where its passages begin, and the tokens of its contexts, the real one first."""
+    probe = policy(torch.float32).encode(PROTOCOL.answer_probe)
+    found = []
+    for b, t, draws in zip(gains.rollout.tolist(), gains.step.tolist(), gains.draws, strict=True):
+        tokens, shown = data.rollouts[b].tokens, passages(data, b, t)
+        others = [data.rollouts[b2].tokens[passages(data, b2, t2)] for b2, t2 in draws]
+        rows = [tokens[: shown.stop] + probe, *(tokens[: shown.start] + other + probe for other in others)]
+        found.append((b, shown.start, rows))
+    return found
+
+
+@torch.no_grad()
+def separate(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
+    answer = scorer.encode(" " + data.rollouts[0].question.answers[0])
+    scores, forwarded = [], 0
+    for _, _, group in contexts(data, gains):
+        rows = [context + answer for context in group]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=DEVICE)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=DEVICE)
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)
+        logits = scorer.model(
+            ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=len(answer) + 1
+        ).logits
+        scores.append(_mean(logits, ids[:, -len(answer) :]))
+        forwarded += sum(map(len, rows))
+    return torch.stack(scores), forwarded
+
+
+@torch.no_grad()
+def cached(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
+    answer = scorer.encode(" " + data.rollouts[0].question.answers[0])
+    scores, forwarded = [], 0
+
+    def run(rows: list[list[int]], kept: DynamicCache) -> torch.Tensor:
+        ids = torch.tensor(rows, device=DEVICE)
+        logits = scorer.model(ids, past_key_values=kept, use_cache=True, logits_to_keep=len(answer) + 1).logits
+        return _mean(logits, ids[:, -len(answer) :])
+
+    kept, owner, held = DynamicCache(), -1, 0
+    for b, fork, (real, *others) in contexts(data, gains):
+        if b != owner:
+            kept, owner, held = DynamicCache(), b, 0
+        scorer.model(torch.tensor([real[held:fork]], device=DEVICE), past_key_values=kept, logits_to_keep=1)
+        branch = copy.deepcopy(kept)
+        branch.batch_repeat_interleave(len(others))
+        rows = [other[fork:] + answer for other in others]  # passages of one length need no padding
+        row = real[fork:] + answer
+        scores.append(torch.cat([run([row], kept), run(rows, branch)]))
+        probe = len(scorer.encode(PROTOCOL.answer_probe))
+        kept.crop(-(probe + len(answer)))
+        forwarded += fork - held + len(row) + sum(map(len, rows))
+        held = len(real) - probe
+    return torch.stack(scores), forwarded
+
+
+def _mean(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    logp = logits[:, -answers.shape[1] - 1 : -1].float().log_softmax(-1)
+    return logp.gather(-1, answers[..., None])[..., 0].mean(1)
+
+
+def ours(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer, **options: Any) -> tuple[torch.Tensor, int]:
+    again = score_steps(data, scorer, draws=gains.draws, num_random=len(gains.draws[0]), pool="batch", **options)
+    scores = torch.cat([again.real[:, None], again.counterfactual], 1)
+    return scores, sum(again.tokens_forwarded.values())
+
+
+def old_logprobs(data: RolloutBatch, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
+    """The packed pass that GRPO makes without any gain."""
+    trunks = [read_trunk(rollout, scorer, "rollout") for rollout in data.rollouts]
+    forest = plant(data.rollouts, trunks, {}, temperature=1.0, max_tokens=16384)
+    return scorer.logprobs(forest.trees), forest.tokens["trunk"]
+
+
+@cache
+def ways(shape: str, dtype: torch.dtype) -> dict[str, Way]:
+    """All ways over the same draws, in one run."""
+    size = SHAPES["counterfactual"][shape]
+    scorer = policy(dtype)
+    data = batch(size["searches"], size["passage"], size["rollouts"])
+    gains = score_steps(data, scorer, num_random=size["random"], pool="batch")
+    found = {
+        "ours": measured(lambda: ours(data, gains, scorer)),
+        "old_logprobs": measured(lambda: old_logprobs(data, scorer)),
+        "both": measured(lambda: ours(data, gains, scorer, temperature=1.0)),
+        "cached": measured(lambda: cached(data, gains, scorer)),
+        "separate": measured(lambda: separate(data, gains, scorer)),
+    }
+    for name in ("ours", "both", "cached"):  # a wrong result has no speed
+        difference = float((found[name].scores - found["separate"].scores).abs().max())
+        assert difference < TOLERANCE[dtype], f"{name} differs from separate contexts by {difference}"
+    return found
+
+
+@pytest.mark.parametrize("mode", ["unfolded", "folded"])
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("shape", SHAPES["counterfactual"])
+def test_counterfactual(benchmark: Any, shape: str, dtype: torch.dtype, mode: str) -> None:
+    if shape != "small":
+        ways("small", dtype)
+    found = ways(shape, dtype)
+    mine = found["ours"] if mode == "unfolded" else found["both"]
+    taken, tokens = mine.seconds, mine.tokens
+    if mode == "folded":
+        taken, tokens = taken - found["old_logprobs"].seconds, tokens - found["old_logprobs"].tokens
+    benchmark.pedantic(lambda: None, rounds=1)  # all was timed above, in one run; `seconds` below replaces this
+    info = benchmark.extra_info
+    info |= {"seconds": taken, "tokens": tokens, "peak_bytes": mine.peak_bytes}
+    info["difference"] = float((mine.scores - found["separate"].scores).abs().max())
+    for name in ("separate", "cached"):
+        info |= {f"{name}_seconds": found[name].seconds, f"{name}_tokens": found[name].tokens}
+        info |= {f"{name}_peak_bytes": found[name].peak_bytes, f"{name}_over_ours": found[name].seconds / taken}
