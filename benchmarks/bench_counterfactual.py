@@ -29,9 +29,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import DEVICE, synchronised
 from benchmarks.shapes import SHAPES
 from stepcredit import Question, RolloutBatch, SpanKind
-from stepcredit.contexts import read_trunk
+from stepcredit.branches.contexts import read_trunk
+from stepcredit.branches.forest import plant
 from stepcredit.counterfactual import StepGains, score_steps
-from stepcredit.forest import plant
 from stepcredit.protocol import get_protocol
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.engine import Transcript

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from scripted_rollouts import REFINE, SEARCH_R1, random_policy, write
+from stepcredit.branches.packing import TokenTree, pack
 from stepcredit.counterfactual import score_steps
-from stepcredit.packing import TokenTree, pack
 from stepcredit.rollout import Question, RolloutBatch, SpanKind
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT

@@ -155,7 +155,7 @@ def test_a_retriever_that_loses_queries_is_an_error():
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"max_searches": -1}, "max_searches must be at least 0, got -1"),
         ({"max_invalid": -1}, "max_invalid must be at least 0, got -1"),
-        ({"passage_words": 0}, "passage_words must be at least 1 or None, got 0"),
+        ({"passage_words": 0}, "passage_words must be at least 1, got 0"),
     ],
 )
 def test_bad_settings(kwargs, message):

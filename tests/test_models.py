@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripted_rollouts import REFINE, random_policy, write
-from stepcredit.audit import SAMPLE
+from stepcredit.branches.audit import SAMPLE
 from stepcredit.counterfactual import score_steps
 from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.scorer import PolicyScorer
@@ -67,7 +67,7 @@ def make(family: str, **changes: object) -> tuple[RolloutBatch, PolicyScorer]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_scores_equal_separate_forwards(family, monkeypatch):
     batch, policy = make(family)
-    monkeypatch.setattr("stepcredit.audit.SAMPLE", batch.num_steps)
+    monkeypatch.setattr("stepcredit.branches.audit.SAMPLE", batch.num_steps)
     gains = score_steps(batch, policy, max_variants=2, verify=True)
     assert gains.scored.all()
     assert float(gains.gain.abs().max()) > 0.02  # the policy does tell contexts apart

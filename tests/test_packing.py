@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripted_rollouts import REFINE, random_policy
-from stepcredit.packing import TokenTree, pack
+from stepcredit.branches.packing import TokenTree, pack
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

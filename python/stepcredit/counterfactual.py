@@ -16,10 +16,10 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from stepcredit.audit import audit
-from stepcredit.contexts import REASONS, Branches, TrunkMode, plan_step, read_trunk
-from stepcredit.draws import Pool, StepId, draw_passages
-from stepcredit.forest import Forest, plant
+from stepcredit.branches.audit import audit
+from stepcredit.branches.contexts import REASONS, Branches, TrunkMode, plan_step, read_trunk
+from stepcredit.branches.draws import Pool, StepId, draw_passages
+from stepcredit.branches.forest import Forest, plant
 from stepcredit.ops import _checks as check
 from stepcredit.ops import information_gain
 from stepcredit.reference import InformationGain
@@ -102,7 +102,7 @@ def score_steps(
         policy: the policy that made them.
         num_random: counterfactuals per step (IG-Search: 3); `baseline="random"` only.
         trunk: "rollout": contexts are the rollout as generated. "skeleton": reasoning between steps is left out, as in
-            IG-Search's released code (`contexts.read_trunk`).
+            IG-Search's released code (`branches.contexts.read_trunk`).
         baseline: "random": passages of other steps. "empty": none. "previous": the context where the step before ended,
             for the first step the prompt (IGPO).
         pool: "other_questions" (IG-Search's text) or "batch" (its released code).

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from transformers import PreTrainedTokenizerBase
 
 from stepcredit.environments.search import Response
-from stepcredit.protocol import Protocol, _tags, get_protocol
+from stepcredit.protocol import Protocol, get_protocol, tag_patterns
 from stepcredit.rollout import Question, Rollout, Search, SpanKind
 from stepcredit.tokens import decode
 from stepcredit.train.engine.transcript import Transcript
@@ -96,7 +96,7 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
     if header and header in text:
         at = text.index(header) + len(header)
     else:
-        tag = _tags(protocol)[1].search(text)
+        tag = tag_patterns(protocol)[1].search(text)
         if tag is None:
             return None
         at = tag.start()
@@ -169,7 +169,7 @@ def _reply_header(tokenizer: PreTrainedTokenizerBase) -> str:
 def _turns(text: str, protocol: Protocol) -> Iterator[str]:
     """The text cut after every closed search and answer, as `Protocol.parse_turn` finds them; no piece is empty."""
     at, opener = 0, None
-    for tag in _tags(protocol)[1].finditer(text):
+    for tag in tag_patterns(protocol)[1].finditer(text):
         closing, name = tag.groups()
         if name not in ("search", "answer"):
             continue
@@ -184,7 +184,7 @@ def _turns(text: str, protocol: Protocol) -> Iterator[str]:
 def _blocks(text: str, protocol: Protocol) -> tuple[list[tuple[int, int]], int]:
     """Where the environment's messages lie, as (start, stop), whitespace around them included, and how many blocks are
     not closed."""
-    environment_tags, policy_tags = _tags(protocol)
+    environment_tags, policy_tags = tag_patterns(protocol)
     tags = list(environment_tags.finditer(text))
     blocks: list[tuple[int, int]] = []
     unclosed = 0
@@ -209,7 +209,7 @@ def _blocks(text: str, protocol: Protocol) -> tuple[list[tuple[int, int]], int]:
 
 
 def _inner(message: str, protocol: Protocol) -> str:
-    return _tags(protocol)[0].sub("", message).strip()
+    return tag_patterns(protocol)[0].sub("", message).strip()
 
 
 def _passage_id(text: str) -> str:

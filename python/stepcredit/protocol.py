@@ -146,7 +146,7 @@ class Protocol:
             forced_answer: the environment opened the answer, so that the text is ANSWER up to `</answer>` (or up to
                 the end, in which case the turn is invalid); search tags are then ordinary answer text.
         """
-        environment_tags, policy_tags = _tags(self)
+        environment_tags, policy_tags = tag_patterns(self)
         tags = [(m.start(), m.end(), bool(m[1]), m[2]) for m in policy_tags.finditer(text)]
         if forced_answer:
             tags = [tag for tag in tags if tag[3] == "answer"]
@@ -208,7 +208,9 @@ _ANY_TAG = re.compile(r"<\s*(?:/\s*)?(?:think|search|answer|refine|information|d
 
 
 @lru_cache(maxsize=64)
-def _tags(protocol: Protocol) -> tuple[re.Pattern[str], re.Pattern[str]]:
+def tag_patterns(protocol: Protocol) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds the environment's tags, and the policy's: of the latter group 1 is the slash of a closing tag, group 2
+    the name."""
     names = ["think", "search", "answer"] + ([protocol.refine_tag] if protocol.refine_tag else [])
     return (
         re.compile(rf"<\s*(?:/\s*)?{re.escape(protocol.documents_tag)}\s*>"),

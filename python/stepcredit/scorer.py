@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepcredit.packing import TokenTree, pack
+from stepcredit.branches.packing import TokenTree, pack
+from stepcredit.branches.tree_forward import ATTENTION, tree_logprobs
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.tokens import decode, encode
-from stepcredit.tree_forward import ATTENTION, tree_logprobs
 
 _SERVED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 

@@ -9,9 +9,9 @@ from hashlib import blake2b
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepcredit.contexts import TrunkMode
+from stepcredit.branches.contexts import TrunkMode
+from stepcredit.branches.draws import Pool, StepId
 from stepcredit.counterfactual import Baseline, StepGains, score_steps
-from stepcredit.draws import Pool, StepId
 from stepcredit.logs import rollout_from_text, split_text
 from stepcredit.protocol import Protocol
 from stepcredit.rollout import Question, Rollout, RolloutBatch

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from stepcredit._validate import at_least
 from stepcredit.protocol import Protocol, Turn
 from stepcredit.rollout import Search, SpanKind
 
@@ -68,15 +69,6 @@ class SearchEnvironment:
         force_answer: bool = True,
         max_invalid: int = 1,
     ) -> None:
-        for name, value, least in (
-            ("top_k", top_k, 1),
-            ("max_searches", max_searches, 0),
-            ("max_invalid", max_invalid, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if passage_words is not None and passage_words < 1:
-            raise ValueError(f"passage_words must be at least 1 or None, got {passage_words}")
         self.retriever = retriever
         self.protocol = protocol
         self.top_k = top_k
@@ -84,6 +76,7 @@ class SearchEnvironment:
         self.passage_words = passage_words
         self.force_answer = force_answer
         self.max_invalid = max_invalid
+        at_least(self, "", top_k=1, max_searches=0, passage_words=1, max_invalid=0)
 
     def respond(
         self, turns: Sequence[Turn], searches: Sequence[int], faults: Sequence[int], forced: Sequence[bool]

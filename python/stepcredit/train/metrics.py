@@ -20,6 +20,7 @@ GLOSSARY: dict[str, str] = {
     "phase": 'what the line is about: "data" (once, first), "warm_start", "evaluation" or "grpo"',
     "data_passages": "passages of the corpus",
     "data_train, data_dev, data_test": "questions of each split",
+    "data_without_plan": "training questions that cannot be demonstrated in the warm start: they have no plan",
     "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test",
     "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
     "when": 'of an evaluation: "before" or "after" the GRPO steps',
@@ -119,7 +120,8 @@ class MetricsLog:
 def data_metrics(dataset: Dataset) -> dict[str, float]:
     """The size of a data set, and what its loader counted."""
     sizes = {name: len(getattr(dataset, name)) for name in ("passages", "train", "dev", "test")}
-    return {f"data_{name}": float(count) for name, count in (sizes | dataset.counts).items()}
+    unplanned = sum(not question.plan for question in dataset.train)
+    return {f"data_{name}": float(n) for name, n in (sizes | {"without_plan": unplanned} | dataset.counts).items()}
 
 
 def outcome_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stepcredit.contexts import Branches, Trunk, attach
-from stepcredit.draws import StepId
-from stepcredit.packing import TokenTree
+from stepcredit.branches.contexts import Branches, Trunk, attach
+from stepcredit.branches.draws import StepId
+from stepcredit.branches.packing import TokenTree
 from stepcredit.rollout import Rollout
 
 

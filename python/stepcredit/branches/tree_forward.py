@@ -15,10 +15,10 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from stepcredit.branches.packing import Bin
 from stepcredit.head import head_logprobs
 from stepcredit.ops import tree_attention
 from stepcredit.ops.tree_attention import TreeLayout
-from stepcredit.packing import Bin
 
 #: Name under which the tree attention is registered with transformers.
 ATTENTION = "stepcredit_tree"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from stepcredit.contexts import Branches, Trunk
-from stepcredit.draws import StepId, hash_key
-from stepcredit.forest import Forest
+from stepcredit.branches.contexts import Branches, Trunk
+from stepcredit.branches.draws import StepId, hash_key
+from stepcredit.branches.forest import Forest
 from stepcredit.rollout import Rollout
 from stepcredit.scorer import PolicyScorer
 

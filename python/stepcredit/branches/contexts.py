@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stepcredit.packing import TokenTree
+from stepcredit.branches.packing import TokenTree
 from stepcredit.rollout import Rollout, Span, SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.tokens import boundaries
