@@ -29,9 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import DEVICE, synchronised
 from benchmarks.shapes import SHAPES
 from stepcredit import Question, RolloutBatch, SpanKind
-from stepcredit.branches.contexts import read_trunk
-from stepcredit.branches.forest import plant
-from stepcredit.counterfactual import StepGains, score_steps
+from stepcredit.counterfactual import StepGains, score_steps, score_tokens
 from stepcredit.protocol import get_protocol
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.engine import Transcript
@@ -210,9 +208,9 @@ def ours(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer, **options: 
 
 def old_logprobs(data: RolloutBatch, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
     """The packed pass that GRPO makes without any gain."""
-    trunks = [read_trunk(rollout, scorer, "rollout") for rollout in data.rollouts]
-    forest = plant(data.rollouts, trunks, {}, temperature=1.0, max_tokens=16384)
-    return scorer.logprobs(forest.trees), forest.tokens["trunk"]
+    before = scorer.tokens_forwarded
+    logprobs = score_tokens(data, scorer, data.policy_mask, temperature=1.0)
+    return logprobs, scorer.tokens_forwarded - before
 
 
 @cache

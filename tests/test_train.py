@@ -39,7 +39,7 @@ def update(credit, loss=None, **kwargs):
     parts.optimizer.step = lambda rate: seen.append(gradients(parts.optimizer)) or 1.0
     batch = played(parts, 8, group_size=4)
     metrics = policy_update(
-        parts.model, parts.optimizer, batch, credit, loss or LossConfig(), learning_rate=0.0, temperature=1.0, **kwargs
+        parts.scorer, parts.optimizer, batch, credit, loss or LossConfig(), learning_rate=0.0, temperature=1.0, **kwargs
     )
     return seen, metrics
 
@@ -213,8 +213,9 @@ def test_minibatches_are_normalised_on_their_own_and_epochs_repeat_them():
     seen, metrics = update(credit, LossConfig(minibatches=2, epochs=2))
     assert len(seen) == 4
     assert metrics["optimizer_steps"] == 4
-    # the log-probs of the sampling policy cost one more pass
-    assert metrics["tokens_forwarded"] == 3 * update(credit)[1]["tokens_forwarded"]
+    # the log-probs of the sampling policy cost one more pass, without what follows the last token of a question
+    assert 3 * update(credit)[1]["tokens_forwarded"] - 8 <= metrics["tokens_forwarded"]
+    assert metrics["tokens_forwarded"] < 3 * update(credit)[1]["tokens_forwarded"]
 
 
 def test_the_scoring_pass_gives_the_old_log_probs():
@@ -228,7 +229,7 @@ def test_the_scoring_pass_gives_the_old_log_probs():
     for one, other in zip(seen, expected, strict=True):
         for name, gradient in other.items():
             torch.testing.assert_close(one[name], gradient, rtol=1e-3, atol=1e-6)
-    assert metrics["tokens_forwarded"] == full["tokens_forwarded"] * 2 / 3
+    assert metrics["tokens_forwarded"] == 2 * update(plain)[1]["tokens_forwarded"] < full["tokens_forwarded"]
     assert SearchR1()(batch, parts.scorer, temperature=1.0).logprobs is None
     assert IGSearch(trunk="skeleton")(batch, parts.scorer, temperature=1.0).logprobs is None
 
@@ -238,19 +239,19 @@ def test_later_optimizer_steps_see_another_ratio():
     batch = played(parts, 8, group_size=4)
     credit = SearchR1()(batch, parts.scorer)
     metrics = policy_update(
-        parts.model, parts.optimizer, batch, credit, LossConfig(epochs=3), learning_rate=1e-2, temperature=1.0
+        parts.scorer, parts.optimizer, batch, credit, LossConfig(epochs=3), learning_rate=1e-2, temperature=1.0
     )
     assert metrics["clip_fraction"] > 0
 
 
 def test_kl_is_to_the_reference_and_runs_every_rollout():
     credit, _ = credit_of(SearchR1())
-    same_policy = tiny_parts().model
+    same_policy = tiny_parts().scorer
     (with_kl,), metrics = update(credit, LossConfig(kl_coef=0.5), reference=same_policy)
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["skipped_zero_advantage"] == 0
     with torch.no_grad():
-        same_policy.model.norm.weight.mul_(1.5)
+        same_policy.model.model.norm.weight.mul_(1.5)
     (other,), metrics = update(credit, LossConfig(kl_coef=0.5), reference=same_policy)
     assert metrics["kl"] > 1e-4
     assert not same(with_kl, other)
@@ -265,7 +266,7 @@ def test_auxiliary_losses_are_added():
     parts.optimizer.step = lambda rate: 1.0
     auxiliary = replace(credit, losses={"extra": 3 * weight.sum()})
     metrics = policy_update(
-        parts.model, parts.optimizer, batch, auxiliary, LossConfig(), learning_rate=0.0, temperature=1.0
+        parts.scorer, parts.optimizer, batch, auxiliary, LossConfig(), learning_rate=0.0, temperature=1.0
     )
     assert metrics["loss_extra"] == 96
     torch.testing.assert_close(parts.optimizer.masters["model.norm.weight"].grad, plain + 3)
@@ -279,7 +280,7 @@ def test_a_batch_without_advantages_changes_nothing():
     before = {k: v.clone() for k, v in parts.optimizer.state().items()}
     nothing = Credit(torch.zeros_like(credit.advantages))
     metrics = policy_update(
-        parts.model, parts.optimizer, batch, nothing, LossConfig(), learning_rate=1.0, temperature=1.0
+        parts.scorer, parts.optimizer, batch, nothing, LossConfig(), learning_rate=1.0, temperature=1.0
     )
     assert metrics["optimizer_steps"] == 0
     assert metrics["skipped_zero_advantage"] == len(batch)
@@ -293,7 +294,7 @@ def test_nan_weights_are_an_error_that_names_the_question(tmp_path):
     with torch.no_grad():
         parts.model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"hidden states are not finite for question 'atlas:"):
-        policy_update(parts.model, parts.optimizer, batch, credit, LossConfig(), learning_rate=1.0, temperature=1.0)
+        policy_update(parts.scorer, parts.optimizer, batch, credit, LossConfig(), learning_rate=1.0, temperature=1.0)
     with pytest.raises(FloatingPointError, match=r"question 'atlas:"):
         train(tiny_config("warm_start.steps=0"), parts, tmp_path)
 

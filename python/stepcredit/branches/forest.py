@@ -19,7 +19,7 @@ class Forest:
     Attributes:
         trees: in the order in which the scorer is to be given them.
         steps: for each scored step its contexts, the real one first; for each context a place per gold answer.
-        policy: for each rollout (index in the batch) a place per span of the policy's, when asked for.
+        policy: for each rollout (index in the batch) a place per run of its tokens that was asked for.
         tokens: stored tokens: of "trunk", "real" leaves and "counterfactual" leaves.
     """
 
@@ -34,7 +34,8 @@ def plant(
     trunks: Sequence[Trunk],
     branches: Mapping[StepId, Branches],
     *,
-    temperature: float | None,
+    runs: Mapping[int, Sequence[tuple[int, int]]],
+    temperature: float,
     max_tokens: int,
 ) -> Forest:
     """The trees of a batch.
@@ -43,7 +44,8 @@ def plant(
         rollouts: of the batch.
         trunks: theirs.
         branches: the contexts of every step to score.
-        temperature: also read the policy's tokens, at this temperature; trunks are the rollouts' own tokens then.
+        runs: for rollouts (index in the batch) whose own tokens are read too, their (start, stop).
+        temperature: at which these are read.
         max_tokens: a question whose tree is larger gets several, down to one for each rollout.
     """
     scored: dict[int, list[int]] = defaultdict(list)
@@ -51,7 +53,7 @@ def plant(
         scored[b].append(t)
     questions: dict[str, list[int]] = defaultdict(list)
     for b, rollout in enumerate(rollouts):
-        if b in scored or temperature is not None:
+        if b in scored or runs.get(b):
             questions[rollout.question.id].append(b)
 
     forest, at = Forest(), 0
@@ -59,7 +61,7 @@ def plant(
     waiting = [sorted(members, key=lambda b: trunks[b].tokens) for members in questions.values()][::-1]
     while waiting:
         members = waiting.pop()
-        tree, steps, policy, tokens = _grow(rollouts, trunks, branches, scored, members, temperature)
+        tree, steps, policy, tokens = _grow(rollouts, trunks, branches, scored, members, runs, temperature)
         if tree.num_tokens > max_tokens and len(members) > 1:
             half = len(members) // 2
             waiting += [members[half:], members[:half]]
@@ -81,17 +83,18 @@ def _grow(
     branches: Mapping[StepId, Branches],
     scored: Mapping[int, Sequence[int]],
     members: Sequence[int],
-    temperature: float | None,
+    runs: Mapping[int, Sequence[tuple[int, int]]],
+    temperature: float,
 ) -> tuple[TokenTree, dict[StepId, list[list[int]]], dict[int, list[int]], dict[str, int]]:
     """One tree of some rollouts of a question, and its reads."""
     tree = TokenTree(f"question {rollouts[members[0]].question.id!r}")
     keys = [(b, t) for b in members for t in scored.get(b, ())]
     policy: dict[int, list[int]] = {}
-    if temperature is not None:
-        for b in members:
-            tokens, spans = rollouts[b].tokens, [span for span in rollouts[b].spans if span.by_policy]
-            tip = tree.add_trunk(tokens[:-1])
-            policy[b] = [tree.read(tip, s.start, tokens[s.start : s.stop], temperature) for s in spans]
+    for b in members:
+        if mine := runs.get(b):
+            tokens = rollouts[b].tokens
+            tip = tree.add_trunk(tokens[: mine[-1][1] - 1])
+            policy[b] = [tree.read(tip, start, tokens[start:stop], temperature) for start, stop in mine]
     # The last step of a rollout first: it needs the longest trunk, which so is one segment.
     tips = {(b, t): tree.add_trunk(branches[b, t].trunk(trunks[b].tokens)) for b, t in reversed(keys)}
     trunk = tree.num_tokens

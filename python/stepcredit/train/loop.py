@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from stepcredit.data.demonstrations import demonstrations
 from stepcredit.evaluate import summarize
 from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
 from stepcredit.train.rewards import assign_rewards
-from stepcredit.train.setup import Parts, frozen_copy
+from stepcredit.train.setup import Parts, reference_policy
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
 
@@ -49,14 +49,14 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
     checkpoint = directory / "checkpoint"
     reference = None
     if resume:
-        reference = frozen_copy(parts.model) if config.loss.kl_coef > 0 else None
-        state = load_checkpoint(checkpoint, parts.optimizer, reference)
+        reference = reference_policy(parts) if config.loss.kl_coef > 0 else None
+        state = load_checkpoint(checkpoint, parts.optimizer, reference.model if reference else None)
         log.drop_after(state.step)
     else:
         state = State()
         log.write({"phase": "data", **data_metrics(parts.dataset), "seconds": parts.seconds})
         warm_start(config, parts, state, log)
-        reference = frozen_copy(parts.model) if config.loss.kl_coef > 0 else None
+        reference = reference_policy(parts) if config.loss.kl_coef > 0 else None
         state.before = evaluate(config, parts, state, log, "before")
     started -= state.seconds + parts.seconds
 
@@ -68,7 +68,7 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
             advance(1, f"reward {metrics['reward']:.2f}  EM {100 * float(metrics['em']):.1f}")
             state.step, state.seconds = step + 1, time.perf_counter() - started
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                save_checkpoint(checkpoint, parts.optimizer, state, reference)
+                save_checkpoint(checkpoint, parts.optimizer, state, reference.model if reference else None)
 
     after = evaluate(config, parts, state, log, "after")
     parts.model.save_pretrained(directory / "model")
@@ -82,7 +82,7 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
 
 
 def train_step(
-    config: TrainConfig, parts: Parts, state: State, step: int, reference: PreTrainedModel | None
+    config: TrainConfig, parts: Parts, state: State, step: int, reference: PolicyScorer | None
 ) -> dict[str, Any]:
     """One GRPO step; returns its metrics."""
     torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
@@ -110,7 +110,7 @@ def train_step(
         )
     with clock("update"):
         updated = policy_update(
-            parts.model,
+            parts.scorer,
             parts.optimizer,
             batch,
             credit,

@@ -139,8 +139,13 @@ def build_retriever(
         return DenseRetriever(dataset.passages, encoder, progress=advance)
 
 
+def reference_policy(parts: Parts) -> PolicyScorer:
+    """The policy as it is now, in a copy that is never trained: the reference of the KL term."""
+    return PolicyScorer(frozen_copy(parts.model), parts.tokenizer, parts.scorer.protocol)
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that is never trained: the reference policy of the KL term."""
+    """A copy that is never trained."""
     return copy.deepcopy(model).requires_grad_(False)
 
 

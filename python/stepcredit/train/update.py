@@ -13,26 +13,15 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from stepcredit.counterfactual import score_tokens
 from stepcredit.credit import Credit
 from stepcredit.rollout import RolloutBatch
+from stepcredit.scorer import PolicyScorer
 from stepcredit.train.config import LossConfig
 from stepcredit.train.loss import Aggregation, policy_loss, token_weights
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.policy import policy_logprobs, row_limit, training_attention
 from stepcredit.train.rows import micro_batches, pack_rows, used_lengths
-
-
-def batch_logprobs(
-    model: PreTrainedModel, batch: RolloutBatch, used_T: torch.Tensor, temperature: float, max_tokens: int
-) -> torch.Tensor:
-    """Log-probs [T] of the used tokens, without gradient; 0 elsewhere."""
-    rows = pack_rows(batch, used_lengths(batch, used_T), row_limit(model, max_tokens))
-    logprobs_T = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-    with torch.no_grad(), training_attention(model, rows):
-        for micro in micro_batches(rows, max_tokens):
-            position_N, logprobs_N = policy_logprobs(model, batch, used_T, micro, temperature)
-            logprobs_T[position_N] = logprobs_N
-    return logprobs_T
 
 
 def supervised_step(
@@ -61,7 +50,7 @@ def supervised_step(
 
 
 def policy_update(
-    model: PreTrainedModel,
+    policy: PolicyScorer,
     optimizer: MasterAdamW,
     batch: RolloutBatch,
     credit: Credit,
@@ -69,7 +58,7 @@ def policy_update(
     *,
     learning_rate: float,
     temperature: float,
-    reference: PreTrainedModel | None = None,
+    reference: PolicyScorer | None = None,
 ) -> dict[str, float]:
     """The policy update on one batch: `config.epochs` passes of `config.minibatches` optimizer steps each.
 
@@ -77,6 +66,7 @@ def policy_update(
     ones without gradient and need no forward of their own; otherwise they are the credit's, or computed first.
 
     Args:
+        policy: whose model is trained, by `optimizer`.
         batch: B packed rollouts, T tokens.
         credit: advantages [T], auxiliary losses, which are added to the policy loss, and perhaps the log-probs of the
             policy's tokens at `temperature`.
@@ -102,18 +92,18 @@ def policy_update(
         )
     used_T = batch.policy_mask if config.kl_coef > 0 else batch.policy_mask & (credit.advantages != 0)
     lengths = used_lengths(batch, used_T)
+    model = policy.model
     limit = row_limit(model, config.max_tokens)
-    whole = sum(len(row.tokens) for row in pack_rows(batch, lengths, limit))
-    forwarded = 0
+    passes = [scorer for scorer in (policy, reference) if scorer is not None]
+    before = sum(scorer.tokens_forwarded for scorer in passes)
     old_T = reference_T = None
-    if num_steps > 1 and credit.logprobs is not None:
+    if num_steps > 1:
         old_T = credit.logprobs
-    elif num_steps > 1:
-        old_T = batch_logprobs(model, batch, used_T, temperature, config.max_tokens)
-        forwarded += whole
+        if old_T is None:
+            old_T = score_tokens(batch, policy, used_T, temperature=temperature)
     if config.kl_coef > 0 and reference is not None:
-        reference_T = batch_logprobs(reference, batch, used_T, temperature, config.max_tokens)
-        forwarded += whole
+        reference_T = score_tokens(batch, reference, used_T, temperature=temperature)
+    forwarded = sum(scorer.tokens_forwarded for scorer in passes) - before
 
     for auxiliary in credit.losses.values():
         auxiliary.backward()
