@@ -27,8 +27,8 @@ from stepcredit.train.update import policy_update, share_weights
 from tiny_run import gradients, played, same, tiny_config, tiny_parts
 
 SUMMARY = (
-    "em_before em_after em_sampled_before em_sampled_after f1_before f1_after hit_before hit_after finished_before "
-    "finished_after seconds steps tokens_forwarded ig_seconds_share seed"
+    "em_before em_after em_sampled_before em_sampled_after f1_before f1_after hit_before hit_after hit_sampled_before "
+    "hit_sampled_after finished_before finished_after seconds steps tokens_forwarded ig_seconds_share seed"
 )
 
 

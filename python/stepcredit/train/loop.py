@@ -228,6 +228,7 @@ def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping
         ("em_sampled", "sampled", "em"),
         ("f1", "greedy", "f1"),
         ("hit", "greedy", "hit"),
+        ("hit_sampled", "sampled", "hit"),
         ("finished", "greedy", "finished"),
     ):
         for end, results in ends.items():

@@ -50,11 +50,11 @@ def smollm2() -> TrainConfig:
         questions_per_step=4,
         group_size=8,
         data=DataConfig(questions=""),
-        environment=EnvironmentConfig(top_k=1, max_searches=3, passage_words=40),
+        environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40),
         sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
         rewards=RewardWeights(f1=0.4, gold_hit=0.4, format=0.2),
         credit=IGSearch(center="batch", negative_scale=1.0),
-        optimizer=OptimizerConfig(learning_rate=2e-5),
+        optimizer=OptimizerConfig(learning_rate=4e-5),
         warm_start=WarmStartConfig(steps=15, batch=8, learning_rate=1e-4),
         evaluation=EvaluationConfig(questions=80),
     )
