@@ -11,7 +11,7 @@ from stepcredit.train.setup import frozen_copy
 from stepcredit.train.update import supervised_step
 from tiny_run import played, same, tiny_config, tiny_parts
 
-TIMED = ("seconds", "ig/seconds")
+TIMED = ("seconds", "ig/seconds", "ig_seconds_share", "ig/audit")
 
 
 def run(directory, *overrides, resume=False, dtype=torch.float32):

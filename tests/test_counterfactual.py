@@ -193,8 +193,8 @@ def test_results_do_not_depend_on_the_packing(max_tokens):
     bins = pack(policy.trees, max_tokens)
     assert all(b.tokens.numel() <= max_tokens or len(b.row_trees.unique()) == 1 for b in bins)
     assert sum(b.tokens.numel() for b in bins) == sum(packed.tokens_forwarded.values())
-    # question a has two rollouts, whose tree is split when it does not fit
-    assert len(policy.trees) == (4 if max_tokens == 1 else 3)
+    # a tree that does not fit is split, down to one for each of the seven steps
+    assert len(policy.trees) == (7 if max_tokens == 1 else 3)
 
 
 def test_rollouts_of_a_question_share_what_they_have_in_common():
@@ -279,6 +279,17 @@ def test_passages_equal_to_the_own_are_never_drawn():
     gains = score_steps(batch, policy, num_random=2)
     assert [set(d) for d in gains.draws[:3]] == [{(3, 0)}, {(3, 0)}, {(3, 0)}]
     assert gains.counts["pool_fallback"] == 1  # question b: the different passage is its own question's
+
+
+def test_draws_are_from_distinct_passages():
+    """Six rollouts that found one passage lend it once; of two passages three draws repeat, which is counted."""
+    items = [write(TOKENIZER, QUESTIONS[0], [("x", "Lyon lies on the Rhône.", None)])]
+    items += [write(TOKENIZER, QUESTIONS[1], [(f"q{i}", "Paris is the capital.", None)], group=1) for i in range(6)]
+    items += [write(TOKENIZER, QUESTIONS[2], [("y", "A mayor is elected.", None)], group=2)]
+    batch, policy = make(items)
+    two, three = (score_steps(batch, policy, num_random=n) for n in (2, 3))
+    assert len(set(two.counterfactual[0].tolist())) == 2
+    assert (two.counts["pool_repeated"], three.counts["pool_repeated"]) == (0, 8)
 
 
 def test_replaying_the_own_passages_gives_no_gain():
@@ -416,6 +427,7 @@ def test_bad_options():
         (dict(num_random=0), "num_random must be at least 1, got 0"),
         (dict(max_variants=0), "max_variants must be at least 1"),
         (dict(max_tokens=0), "max_tokens must be at least 1"),
+        (dict(temperature=0.0), "temperature must be positive, got 0.0"),
         (dict(baseline="empty", draws=[()] * 7), "draws needs baseline='random'"),
     ):
         with pytest.raises(ValueError, match=message):

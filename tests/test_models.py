@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from scripted_rollouts import REFINE, random_policy, write
-from stepcredit.branches.audit import SAMPLE
+from stepcredit.branches import tree_forward
 from stepcredit.counterfactual import score_steps
 from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 
 TOKENIZER = BUILT["byte_bpe"]()
-#: YaRN and llama3 rescale for a context that was longer than training's; linear and dynamic NTK from the start.
+#: Dynamic NTK is plain up to the original positions, beyond which contexts are cut.
 ROPE = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
@@ -26,7 +26,8 @@ ROPE = {
         "original_max_position_embeddings": 64,
     },
 }
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TOP2 = {"num_experts_per_tok": 2}
+MOE = {"moe_intermediate_size": 16, **TOP2}
 GEMMA2 = {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 FAMILIES = {
     "llama": ("llama", {}),
@@ -38,11 +39,16 @@ FAMILIES = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "qwen2_moe, window in the mask alone": (
+        "qwen2_moe",
+        {"num_experts": 4, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, **MOE},
+    ),
+    "phimoe, window in the mask alone": ("phimoe", {"num_local_experts": 4, "sliding_window": 16, **TOP2}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": 24}),
     "gemma2": ("gemma2", GEMMA2),
     "phi3": ("phi3", {}),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, **TOP2}),
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "head_dim": 8, **MOE}),
 }
 
@@ -102,7 +108,25 @@ def test_an_audit_finds_a_wrong_pass_and_names_the_step(monkeypatch):
     monkeypatch.setattr(PolicyScorer, "logprobs", lambda *args, **kwargs: whole(*args, **kwargs) + 1e-3)
     with pytest.raises(RuntimeError, match=r"step \d of rollout \d \(question '[ab]'\).*does not fit LlamaForCausalLM"):
         score_steps(batch, policy, verify=True)
-    assert SAMPLE < 10
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+def test_an_audit_tells_rounding_from_a_wrong_mask(kind, monkeypatch):
+    batch, policy = make("llama")
+    if kind == "bfloat16":
+        policy.model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        score_steps(batch, policy, verify=True)
+        whole = tree_forward.tree_attention
+        monkeypatch.setattr(tree_forward, "tree_attention", lambda *a, **k: whole(*a, **{**k, "window": 12}))
+        with pytest.raises(RuntimeError, match="does not fit"):
+            score_steps(batch, policy, verify=True)
+
+
+def test_layers_that_are_not_causal_are_refused():
+    model = random_policy("bert", TOKENIZER, is_decoder=False)
+    with pytest.raises(ValueError, match="causal"):
+        score_steps(RolloutBatch.pack(rollouts()), PolicyScorer(model, TOKENIZER, REFINE))
 
 
 def test_an_audit_leaves_the_model_as_it_was():

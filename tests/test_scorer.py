@@ -91,6 +91,22 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in policy.model.parameters())
 
 
+def test_the_model_is_left_as_it_was_when_its_attention_cannot_be_set(monkeypatch):
+    batch, policy = make()
+    policy.model.train()
+    set_attention = policy.model.set_attn_implementation
+
+    def refuse(name):
+        if name == "stepcredit_tree":
+            raise ValueError("no")
+        set_attention(name)
+
+    monkeypatch.setattr(policy.model, "set_attn_implementation", refuse)
+    with pytest.raises(ValueError, match="no"):
+        score_steps(batch, policy)
+    assert policy.model.training
+
+
 def test_autocast():
     batch, policy = make()
     exact = score_steps(batch, policy)

@@ -7,6 +7,7 @@ import torch
 import torch.multiprocessing as mp
 
 from scripted_rollouts import REFINE, random_policy
+from stepcredit.branches.packing import TokenTree
 from stepcredit.counterfactual import StepGains, score_steps
 from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
@@ -24,6 +25,7 @@ def work(rank: int, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh("cpu", (2,))
     for tied in (False, True):
@@ -32,7 +34,12 @@ def work(rank: int, directory: str) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         policy = PolicyScorer(model, TOKENIZER, REFINE)
+        tree = TokenTree("broken on rank 1")
+        tree.read(tree.add([5]), 1, [10**6 if rank else 5])
+        with pytest.raises(ValueError if rank else RuntimeError, match="vocabulary of" if rank else "another rank"):
+            policy.logprobs([tree])
         audited, gains = (score(policy, rank, verify) for verify in (True, False))
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # sharded, as it was found
         assert torch.equal(audited.gain, gains.gain)
         assert audited.difference < 1e-5
         torch.save(gains.gain, f"{directory}/{rank}{tied}")

@@ -44,7 +44,7 @@ class StepGains:
         baseline: float32 [S], mean of that answer's counterfactual scores; NaN where unscored.
         scored: bool [S].
         counterfactual: float32 [S, N], that answer's counterfactual scores; NaN where there is none.
-        draws: for each step, the (rollout, step) whose passages stood in; empty unless baseline="random".
+        draws: for each step, the (rollout, step) whose passages stand in; empty unless baseline="random".
         counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "pool_size" (steps whose
             passages can be drawn), "pool_fallback", "pool_repeated", and why steps are unscored:
             "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool", "unscored_no_answer" (no gold
@@ -112,7 +112,8 @@ def score_steps(
         answer_probe: what precedes the gold answer; None: the protocol's. Probe and answer are tokenised separately; an
             answer after a probe that does not end in a space starts with one.
         seed, step: of the run, and the training step; they seed the draws.
-        max_tokens: tokens per forward pass.
+        max_tokens: tokens per forward pass. A question with more gets several, and in the end one for each step, which
+            alone may have more.
         max_context: when the longest context of a step, answer included, has more tokens (or more than the policy can
             score exactly), all contexts of the step lose the same number on their left (the released code cuts each to
             4096 by itself, so that they no longer share a prefix). The step is unscored when nothing of the rollout
@@ -188,7 +189,7 @@ def score_steps(
         baseline=gain.baseline,
         scored=gain.scored,
         counterfactual=counterfactual,
-        draws=tuple(drawn.get(key, ()) if key in branches else () for key in steps),
+        draws=tuple(drawn.get(key, ()) for key in steps),
         counts=dict(counts),
         tokens_forwarded=dict(forest.tokens),
         seconds=time.perf_counter() - started,
@@ -223,6 +224,7 @@ def _check(
         temperature is None or trunk == "rollout",
         f"{OP}: temperature (log-probs of the policy's tokens) needs trunk='rollout', got {trunk!r}",
     )
+    check.require(temperature is None or temperature > 0, f"{OP}: temperature must be positive, got {temperature!r}")
 
 
 def _gains(

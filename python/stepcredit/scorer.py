@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepcredit.branches.packing import TokenTree, pack
+from stepcredit.branches.packing import Bin, TokenTree, pack
 from stepcredit.branches.tree_forward import ATTENTION, tree_logprobs
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.tokens import decode, encode
@@ -43,6 +44,7 @@ class PolicyScorer:
 
     Attributes:
         tokens_forwarded: tokens run through the model so far.
+        compute_dtype: of the last pass's hidden states, which under FSDP2's mixed precision is not that of the weights.
 
     Raises:
         ValueError: token trees cannot be scored exactly with this model; the message says why.
@@ -55,6 +57,7 @@ class PolicyScorer:
         self.tokenizer = tokenizer
         self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.tokens_forwarded = 0
+        self.compute_dtype: torch.dtype = model.dtype
 
     @property
     def max_context(self) -> int | None:
@@ -96,63 +99,103 @@ class PolicyScorer:
             RuntimeError: some of the model's layers did not use tree attention.
         """
         head = self.model.get_output_embeddings()
-        device, vocabulary = head.weight.device, head.weight.shape[0]
+        device = head.weight.device
         bins = pack(trees, max_tokens)
         out = torch.zeros(sum(b.places.numel() for b in bins), device=device)
-        for item in bins:
-            highest = max(int(item.tokens.max()), int(item.targets.max()))
-            if highest >= vocabulary:
-                raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
-            longest = int(item.layout.positions.max()) + 1
-            if self.max_context is not None and longest > self.max_context:
-                name = trees[int(item.row_trees[0])].name
-                raise ValueError(f"a path of {longest} tokens exceeds the {self.max_context} positions ({name})")
-        self.even_out(len(bins))
+        with self._together(len(bins)):
+            for item in bins:
+                self._check(item, trees, head.weight.shape[0])
         with self._prepared(ATTENTION):
             for item in bins:
                 names = [trees[tree].name for tree in item.row_trees.tolist()]
-                logprobs = tree_logprobs(self.model, item, names.__getitem__)
+                with self._one_pass():
+                    logprobs, self.compute_dtype = tree_logprobs(self.model, item, names.__getitem__)
                 self.tokens_forwarded += item.tokens.numel()
                 out[item.places.to(device)] = logprobs[item.sources.to(device)]
         return out
 
-    @torch.no_grad()
-    def separate_logprobs(self, context: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-        """Log-probs of an answer after a context by a forward pass of its own with the model's eager attention: what
-        `logprobs` must equal. [len(answer)], float32, nats."""
-        ids = torch.tensor([[*context, *answer]], device=self.model.get_output_embeddings().weight.device)
-        with self._prepared("eager"):
-            logits = self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None])[:, 0]
+    def _check(self, item: Bin, trees: Sequence[TokenTree], vocabulary: int) -> None:
+        highest = max(int(item.tokens.max()), int(item.targets.max()))
+        if highest >= vocabulary:
+            raise ValueError(f"token id {highest} is not in the model's vocabulary of {vocabulary}")
+        longest = int(item.layout.positions.max()) + 1
+        if self.max_context is not None and longest > self.max_context:
+            name = trees[int(item.row_trees[0])].name
+            raise ValueError(f"a path of {longest} tokens exceeds the {self.max_context} positions ({name})")
 
     @torch.no_grad()
-    def even_out(self, forwards: int) -> None:
-        """Called by every rank that holds a shard of the model before the forward passes it is about to run: each takes
-        part in the others' collectives, so ranks with fewer run the difference over a single token. Nothing for a model
-        that is not sharded by FSDP2."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return
-        from torch.distributed.fsdp import FSDPModule
+    def separate_logprobs(self, contexts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
+        """Log-probs of answers after contexts, each by a forward pass of its own with the model's eager attention:
+        what `logprobs` must equal.
 
-        if not any(isinstance(module, FSDPModule) for module in self.model.modules()):
-            return
-        device = self.model.get_output_embeddings().weight.device
-        most = torch.tensor(forwards, device=device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        Args:
+            contexts: (tokens of a context, tokens of the answer).
+
+        Returns:
+            For each, float32 [answer tokens], nats.
+        """
+        found, device = [], self.model.get_output_embeddings().weight.device
+        with self._together(len(contexts)):
+            pass
         with self._prepared("eager"):
-            for _ in range(int(most) - forwards):
-                self.model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+            for context, answer in contexts:
+                ids = torch.tensor([[*context, *answer]], device=device)
+                with self._one_pass():
+                    logits = self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+                found.append(logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None])[:, 0])
+        return found
+
+    @contextmanager
+    def _together(self, forwards: int) -> Iterator[None]:
+        """Wraps the checks before `forwards` passes of the model. When FSDP2 shards it, every rank takes part in every
+        pass of the others: one that fails its checks fails all, and ranks with fewer passes run the difference over a
+        single token first."""
+        groups = _sharding_groups(self.model)
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        state = torch.tensor([forwards, error is not None], device=self.model.get_output_embeddings().weight.device)
+        for group in groups:
+            torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX, group=group)
+        if error is not None:
+            raise error
+        if int(state[1]):
+            raise RuntimeError("another rank that holds a shard of the model could not score its rollouts")
+        with self._prepared("eager"), torch.no_grad():
+            for _ in range(int(state[0]) - forwards):
+                with self._one_pass():
+                    self.model(torch.zeros(1, 1, dtype=torch.int64, device=state.device), use_cache=False)
 
     @contextmanager
     def _prepared(self, attention: str) -> Iterator[None]:
         """Evaluation mode and this attention; afterwards what was there before, module by module."""
         training = [module for module in self.model.modules() if module.training]
         before = self.model.config._attn_implementation
-        self.model.eval()
-        self.model.set_attn_implementation(attention)
         try:
+            self.model.eval()
+            self.model.set_attn_implementation(attention)
             yield
         finally:
             self.model.set_attn_implementation(before)
             for module in training:
                 module.training = True
+
+    @contextmanager
+    def _one_pass(self) -> Iterator[None]:
+        """FSDP2 keeps the root's parameters whole after a forward pass, for a backward that here does not come."""
+        try:
+            yield
+        finally:
+            for module in self.model.modules():
+                if (reshard := getattr(module, "reshard", None)) is not None:
+                    reshard()
+
+
+def _sharding_groups(model: PreTrainedModel) -> list[Any]:
+    """The process groups over which FSDP2 shards or replicates a model; none for a whole one."""
+    for parameter in model.parameters():
+        if (mesh := getattr(parameter, "device_mesh", None)) is not None:
+            return [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    return []

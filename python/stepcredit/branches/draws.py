@@ -29,8 +29,9 @@ def draw_passages(
 ) -> tuple[dict[StepId, tuple[StepId, ...]], Counter[str]]:
     """For every step in `passages`, the steps whose passages are put in place of its own.
 
-    Steps with exactly the same passages are never drawn. Draws are without replacement; from a pool smaller than
-    `num_random` they are with replacement, and a step for which `pool="other_questions"` holds nothing draws from the
+    Steps with exactly the same passages are never drawn. Draws are from the distinct passages of the pool, each as
+    likely however many rollouts found them, without replacement; from a pool of fewer than `num_random` they are with
+    replacement, and a step for which `pool="other_questions"` holds nothing draws from the
     whole batch. Each draw is a hash of (seed, step, question id, context, search, draw), so that neither the order of
     the batch nor other draws change it, and steps of a question with the same context are held against the same
     passages.
@@ -62,6 +63,7 @@ def draw_passages(
         if not len(candidates) and differs.any():
             candidates = np.flatnonzero(differs)
             counts["pool_fallback"] += 1
+        candidates = candidates[np.unique(content[candidates], return_index=True)[1]]
         repeat = len(candidates) < num_random
         counts["pool_repeated"] += repeat and len(candidates) > 0
         remaining = candidates.tolist()

@@ -11,6 +11,9 @@ from stepcredit.branches.draws import StepId
 from stepcredit.branches.packing import TokenTree
 from stepcredit.rollout import Rollout
 
+#: Of one rollout (index in the batch) the steps to score and the runs of its own tokens to read.
+Part = tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]
+
 
 @dataclass(slots=True)
 class Forest:
@@ -46,25 +49,22 @@ def plant(
         branches: the contexts of every step to score.
         runs: for rollouts (index in the batch) whose own tokens are read too, their (start, stop).
         temperature: at which these are read.
-        max_tokens: a question whose tree is larger gets several, down to one for each rollout.
+        max_tokens: a question whose tree is larger gets several, down to one for each step.
     """
-    scored: dict[int, list[int]] = defaultdict(list)
-    for b, t in branches:
-        scored[b].append(t)
-    questions: dict[str, list[int]] = defaultdict(list)
+    questions: dict[str, list[Part]] = defaultdict(list)
     for b, rollout in enumerate(rollouts):
-        if b in scored or runs.get(b):
-            questions[rollout.question.id].append(b)
+        part = (b, tuple(t for t in sorted(trunks[b].steps) if (b, t) in branches), tuple(runs.get(b, ())))
+        if part[1] or part[2]:
+            questions[rollout.question.id].append(part)
 
     forest, at = Forest(), 0
     # Sorted by tokens, rollouts that share most stay together when a tree must be split.
-    waiting = [sorted(members, key=lambda b: trunks[b].tokens) for members in questions.values()][::-1]
+    waiting = [sorted(parts, key=lambda part: trunks[part[0]].tokens) for parts in questions.values()][::-1]
     while waiting:
-        members = waiting.pop()
-        tree, steps, policy, tokens = _grow(rollouts, trunks, branches, scored, members, runs, temperature)
-        if tree.num_tokens > max_tokens and len(members) > 1:
-            half = len(members) // 2
-            waiting += [members[half:], members[:half]]
+        parts = waiting.pop()
+        tree, steps, policy, tokens = _grow(rollouts, trunks, branches, parts, temperature)
+        if tree.num_tokens > max_tokens and (halves := _halve(parts)):
+            waiting += halves[::-1]
             continue
         places = []
         for read in tree.reads:
@@ -72,29 +72,38 @@ def plant(
             at += len(read.targets)
         forest.trees.append(tree)
         forest.steps |= {key: [[places[read] for read in context] for context in steps[key]] for key in steps}
-        forest.policy |= {b: [places[read] for read in reads] for b, reads in policy.items()}
+        for b, reads in policy.items():
+            forest.policy[b] = [places[read] for read in reads]
         forest.tokens.update(tokens)
     return forest
+
+
+def _halve(parts: Sequence[Part]) -> list[list[Part]]:
+    """Two halves of the rollouts; of one rollout, of its steps; nothing when there is one step."""
+    half = len(parts) // 2
+    if half:
+        return [list(parts[:half]), list(parts[half:])]
+    b, steps, runs = parts[0]
+    half = len(steps) // 2 if len(steps) > 1 else len(steps) if runs else 0
+    return [[(b, steps[:half], ())], [(b, steps[half:], runs)]] if half else []
 
 
 def _grow(
     rollouts: Sequence[Rollout],
     trunks: Sequence[Trunk],
     branches: Mapping[StepId, Branches],
-    scored: Mapping[int, Sequence[int]],
-    members: Sequence[int],
-    runs: Mapping[int, Sequence[tuple[int, int]]],
+    parts: Sequence[Part],
     temperature: float,
 ) -> tuple[TokenTree, dict[StepId, list[list[int]]], dict[int, list[int]], dict[str, int]]:
     """One tree of some rollouts of a question, and its reads."""
-    tree = TokenTree(f"question {rollouts[members[0]].question.id!r}")
-    keys = [(b, t) for b in members for t in scored.get(b, ())]
+    tree = TokenTree(f"question {rollouts[parts[0][0]].question.id!r}")
+    keys = [(b, t) for b, steps, _ in parts for t in steps]
     policy: dict[int, list[int]] = {}
-    for b in members:
-        if mine := runs.get(b):
+    for b, _, runs in parts:
+        if runs:
             tokens = rollouts[b].tokens
-            tip = tree.add_trunk(tokens[: mine[-1][1] - 1])
-            policy[b] = [tree.read(tip, start, tokens[start:stop], temperature) for start, stop in mine]
+            tip = tree.add_trunk(tokens[: runs[-1][1] - 1])
+            policy[b] = [tree.read(tip, start, tokens[start:stop], temperature) for start, stop in runs]
     # The last step of a rollout first: it needs the longest trunk, which so is one segment.
     tips = {(b, t): tree.add_trunk(branches[b, t].trunk(trunks[b].tokens)) for b, t in reversed(keys)}
     trunk = tree.num_tokens

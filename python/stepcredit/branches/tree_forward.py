@@ -6,7 +6,7 @@ afterwards, keep the last layer and the head to the rows that are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,8 +65,17 @@ def _attention(
     name = type(module).__name__
     if tree is None:
         raise ValueError(f"{name}: the attention {ATTENTION!r} needs model(..., tree=...); it serves PolicyScorer only")
-    if attention_mask is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
-        raise ValueError(f"{name}: tree attention has no attention mask, sinks or position bias")
+    if unused.get("s_aux") is not None or unused.get("position_bias") is not None:
+        raise ValueError(f"{name}: tree attention has no sinks or position bias")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{name}: tree attention is causal, and this layer is not")
+    if key.shape != value.shape:
+        raise ValueError(f"{name}: tree attention needs keys as wide as values, got {key.shape[-1]}, {value.shape[-1]}")
+    if attention_mask is not None:
+        # Some models say how far back a layer sees to the mask alone.
+        if attention_mask.shape != (1, 1, 1, 1):
+            raise ValueError(f"{name}: tree attention makes its own mask, got one of {tuple(attention_mask.shape)}")
+        sliding_window = int(attention_mask) or None
     # Under autocast the rotary embedding may leave query and key wider than value.
     query, key, value = (x[0].transpose(0, 1) for x in (query.to(value.dtype), key.to(value.dtype), value))
     if tree.capture:
@@ -82,11 +91,14 @@ def _attention(
 
 def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-forward hook of the last layer: it is run once for the keys and values of all tokens, up to there, and then
-    goes on with the rows that are read. A layer with inputs that are not known here is left alone."""
+    goes on with the rows that are read: its output projection and MLP never see another row. A layer with inputs that
+    are not known here is left alone."""
     known = {"hidden_states", "position_embeddings", "position_ids"}
     per_token = {name: value for name, value in kwargs.items() if name in known and value is not None}
-    others = [value for name, value in kwargs.items() if name not in known]
+    others = [value for name, value in kwargs.items() if name not in known | {"attention_mask"}]
     if len(args) > 1 or any(isinstance(value, (torch.Tensor, tuple, list)) for value in others):
+        return None
+    if any(tensor.shape[:2] != (1, carrier.layout.num_tokens) for tensor in _tensors([*args, *per_token.values()])):
         return None
     carrier.capture = True
     try:
@@ -104,11 +116,26 @@ def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs
     return select(args), {**kwargs, **{name: select(value) for name, value in per_token.items()}}
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _tensors(value)
+        else:
+            yield value
+
+
+def _mask(*, local_size: int | None = None, **unused: Any) -> torch.Tensor:
+    """The transformers mask interface: in place of a mask the window it would have, [1, 1, 1, 1]; 0 for none."""
+    if "allow_is_bidirectional_skip" in unused:
+        raise ValueError("tree attention is causal, and this model asks for a bidirectional mask")
+    return torch.full((1, 1, 1, 1), local_size or 0)
+
+
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda **_: None)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str]) -> torch.Tensor:
+def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str]) -> tuple[torch.Tensor, torch.dtype]:
     """The N distinct log-probs that a bin's reads ask for.
 
     Args:
@@ -117,7 +144,7 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
         name: what to call a log-prob's tree in an error.
 
     Returns:
-        float32 [N] on the model's device, nats.
+        (float32 [N] on the model's device, nats; the dtype in which the model computed its hidden states).
 
     Raises:
         FloatingPointError: the policy gives hidden states or log-probs that are not finite; names the tree.
@@ -128,11 +155,11 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
     rows, reads = item.rows.unique(return_inverse=True)
     carrier = _Pass(item.layout.to(device), rows.to(device))
     logprobs = torch.empty(len(item.rows), device=device)
-    ran: list[bool] = []
+    ran: list[torch.dtype] = []
 
     # Inside the model's own forward, where a sharded head has its whole weight.
     def read(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        ran.append(True)
+        ran.append(args[0].dtype)
         hidden = args[0][0] if carrier.kept is not None else args[0][0, carrier.rows]
         for temperature in item.temperatures.unique().tolist():
             at = (item.temperatures == temperature).nonzero().squeeze(1)
@@ -162,4 +189,4 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
             f"{type(model).__name__}: {carrier.layers} of {layers} layers used tree attention and its head ran"
             f" {len(ran)} times; its scores would be wrong"
         )
-    return logprobs
+    return logprobs, ran[0]

@@ -55,7 +55,7 @@ class IGSearch:
         max_variants: gold answers scored per step, the best counts (released code: 1).
         answer_probe: what precedes the gold answer when scored; none is the protocol's (released code: "\\n<answer> ").
         seed: of the draws, with the training step.
-        max_tokens: tokens per forward pass (ours).
+        max_tokens: tokens per forward pass, as in `score_steps` (ours).
         max_context: contexts of a step are cut on their left to this many tokens, all alike; none is the model's limit
             (released code: 4096, each by itself).
         eps: added to a group's standard deviation (Search-R1: 1e-6).

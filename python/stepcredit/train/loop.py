@@ -62,8 +62,9 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
 
     with parts.reporter.task("GRPO", config.steps) as advance:
         advance(state.step)
-        for step in range(state.step, config.steps):
-            metrics = train_step(config, parts, state, step, reference)
+        first = state.step  # a resumed run may be on another machine: it is audited again
+        for step in range(first, config.steps):
+            metrics = train_step(config, parts, state, step, reference, verify=step == first)
             log.write(metrics)
             advance(1, f"reward {metrics['reward']:.2f}  EM {100 * float(metrics['em']):.1f}")
             state.step, state.seconds = step + 1, time.perf_counter() - started
@@ -82,9 +83,9 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
 
 
 def train_step(
-    config: TrainConfig, parts: Parts, state: State, step: int, reference: PolicyScorer | None
+    config: TrainConfig, parts: Parts, state: State, step: int, reference: PolicyScorer | None, *, verify: bool = False
 ) -> dict[str, Any]:
-    """One GRPO step; returns its metrics."""
+    """One GRPO step; returns its metrics. `verify`: the credit is audited where its method can be."""
     torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
     clock = Clock()
     forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.retriever.seconds
@@ -106,7 +107,7 @@ def train_step(
             parts.scorer,
             step=derive_seed(config.seed, "credit", step),
             temperature=config.sampling.temperature if config.loss.optimizer_steps > 1 else None,
-            verify=step == 0,
+            verify=verify,
         )
     with clock("update"):
         updated = policy_update(
@@ -138,6 +139,7 @@ def train_step(
         **tokens,
         "tokens_forwarded": sum(tokens.values()),
         **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
+        "ig_seconds_share": credit.metrics.get("ig/seconds", 0.0) / clock.total,
         "seconds_retrieval": parts.retriever.seconds - waited_before,
         "seconds": clock.total,
     }

@@ -62,7 +62,7 @@ GLOSSARY: dict[str, str] = {
     "ig/steps, ig/scored": "search steps, and those whose gain was measured",
     "ig/unscored_<reason>": "search steps whose gain was not measured, by reason",
     "ig/truncated": "search steps whose contexts were cut on their left to fit",
-    "ig/audit_difference": "first step only: largest difference between a packed score and a separate forward, nats",
+    "ig/audit_difference": "first step of a run: largest difference of a packed score to a separate forward, nats",
     "ig/pool_<name>": "counterfactual passages: size of the pool, steps that fell back to the whole batch or repeated",
     "ig/tokens_<part>": "tokens forwarded for the gain: trunk, real leaves, counterfactual leaves",
     "ig/seconds": "seconds of the counterfactual scoring",
@@ -71,7 +71,8 @@ GLOSSARY: dict[str, str] = {
     "seconds": "wall-clock seconds of this line's step",
     "seconds_rollout": "of which sampling rollouts, retrieval included",
     "seconds_retrieval": "of which waiting for the retriever",
-    "seconds_credit": "of which computing credit: for ig_search the counterfactual scoring",
+    "seconds_credit": "of which computing credit: for ig_search the counterfactual scoring, and its first audit",
+    "ig_seconds_share": "share of the step's time spent on counterfactual scoring, with the old log-probs it gives",
     "seconds_update": "of which forward, backward and optimizer",
 }
 

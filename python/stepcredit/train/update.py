@@ -100,9 +100,9 @@ def policy_update(
     if num_steps > 1:
         old_T = credit.logprobs
         if old_T is None:
-            old_T = score_tokens(batch, policy, used_T, temperature=temperature)
+            old_T = score_tokens(batch, policy, used_T, temperature=temperature, max_tokens=config.max_tokens)
     if config.kl_coef > 0 and reference is not None:
-        reference_T = score_tokens(batch, reference, used_T, temperature=temperature)
+        reference_T = score_tokens(batch, reference, used_T, temperature=temperature, max_tokens=config.max_tokens)
     forwarded = sum(scorer.tokens_forwarded for scorer in passes) - before
 
     for auxiliary in credit.losses.values():
