@@ -29,7 +29,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import DEVICE, synchronised
 from benchmarks.shapes import SHAPES
 from stepcredit import Question, RolloutBatch, SpanKind
-from stepcredit.counterfactual import StepGains, score_steps, score_tokens
+from stepcredit.branches.policy_tokens import score_tokens
+from stepcredit.counterfactual import StepGains, score_steps
 from stepcredit.protocol import get_protocol
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.engine import Transcript

@@ -11,16 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from stepcredit.branches.audit import audit
-from stepcredit.branches.contexts import REASONS, Branches, Trunk, TrunkMode, plan_step, read_trunk
+from stepcredit.branches.contexts import REASONS, Branches, TrunkMode, plan_step, read_trunk
 from stepcredit.branches.draws import Pool, StepId, draw_passages
 from stepcredit.branches.forest import Forest, plant
+from stepcredit.branches.policy_tokens import place_logprobs, runs_of
 from stepcredit.ops import _checks as check
 from stepcredit.ops import information_gain
 from stepcredit.reference import InformationGain
@@ -175,7 +175,7 @@ def score_steps(
             branches[key] = planned
             counts["truncated"] += planned.cut > 0
 
-    runs = {} if temperature is None else _runs(batch, batch.policy_mask)
+    runs = {} if temperature is None else runs_of(batch, batch.policy_mask)
     forest = plant(rollouts, trunks, branches, runs=runs, temperature=temperature or 1.0, max_tokens=max_tokens)
     logprobs = policy.logprobs(forest.trees, max_tokens=max_tokens).to(batch.tokens.device)
     gain, counterfactual = _gains(steps, forest, logprobs, head_tokens, head_weight)
@@ -193,7 +193,7 @@ def score_steps(
         counts=dict(counts),
         tokens_forwarded=dict(forest.tokens),
         seconds=time.perf_counter() - started,
-        logprobs=None if temperature is None else _token_logprobs(batch, forest, runs, logprobs),
+        logprobs=None if temperature is None else place_logprobs(batch, forest, runs, logprobs),
         difference=audit(policy, rollouts, trunks, branches, forest, logprobs, seed) if verify else None,
     )
 
@@ -265,50 +265,3 @@ def _gains(
             first, last = cu_variants[best], cu_variants[best + 1]
             table[s, : last - first - 1] = scores[first + 1 : last]
     return gain, torch.from_numpy(table).to(logprobs.device)
-
-
-def score_tokens(
-    batch: RolloutBatch, policy: PolicyScorer, wanted: torch.Tensor, *, temperature: float, max_tokens: int = 16384
-) -> torch.Tensor:
-    """Log-probs of tokens of a batch under any policy, such as the reference of a KL term, without gradient.
-
-    The pass of `score_steps(temperature=...)` without its leaves: prefixes that rollouts of a question share are run
-    once, and a rollout up to its last wanted token.
-
-    Args:
-        batch: packed rollouts, T tokens.
-        policy: whose log-probs.
-        wanted: bool [T]; never a rollout's first token.
-        temperature: log-probs are of the distribution at this temperature.
-        max_tokens: tokens per forward pass.
-
-    Returns:
-        float32 [T], nats, 0 where not wanted.
-    """
-    runs = _runs(batch, wanted)
-    trunks = [Trunk(rollout.tokens) for rollout in batch.rollouts]
-    forest = plant(batch.rollouts, trunks, {}, runs=runs, temperature=temperature, max_tokens=max_tokens)
-    logprobs = policy.logprobs(forest.trees, max_tokens=max_tokens).to(batch.tokens.device)
-    return _token_logprobs(batch, forest, runs, logprobs)
-
-
-def _runs(batch: RolloutBatch, wanted: torch.Tensor) -> dict[int, list[tuple[int, int]]]:
-    """Of each rollout with wanted tokens their runs, as (start, stop) in the rollout."""
-    mask, found = wanted.cpu().numpy(), {}
-    for b, (first, last) in enumerate(pairwise(batch.cu_seqlens.tolist())):
-        edges = np.flatnonzero(np.diff(mask[first:last].astype(np.int8), prepend=0, append=0)).tolist()
-        if edges:
-            found[b] = list(zip(edges[::2], edges[1::2], strict=True))
-    return found
-
-
-def _token_logprobs(
-    batch: RolloutBatch, forest: Forest, runs: dict[int, list[tuple[int, int]]], logprobs: torch.Tensor
-) -> torch.Tensor:
-    """[T]: log-probs of the tokens of `runs`, 0 elsewhere."""
-    out = torch.zeros(batch.tokens.shape, device=logprobs.device)
-    for b, places in forest.policy.items():
-        offset = int(batch.cu_seqlens[b])
-        for (first, last), (start, stop) in zip(runs[b], places, strict=True):
-            out[offset + first : offset + last] = logprobs[start:stop]
-    return out

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from stepcredit.counterfactual import score_tokens
+from stepcredit.branches.policy_tokens import score_tokens
 from stepcredit.credit import Credit
 from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
