@@ -54,6 +54,8 @@ def line(row: Row, old: Row | None) -> str:
     """A row with its ratios and, where the case was measured before, old seconds over new ones."""
     ratios = [f"{name.removesuffix('_over_ours')} {row[name]:.2f}x" for name in row if name.endswith("_over_ours")]
     parts = [f"{case_of(row):<44}{_duration(row['seconds']):>9}", *ratios]
+    if "difference" in row:
+        parts.append(f"{row['tokens']} tokens, differing by {row['difference']:.1g}")
     if "peak_bytes" in row:
         parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
     if old is not None:

@@ -9,7 +9,7 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         "3 searches": {"searches": 3, "random": 3, "passage": 450, "rollouts": 5},
         "3 searches, 1 random": {"searches": 3, "random": 1, "passage": 450, "rollouts": 5},
         "3 searches, 8 random": {"searches": 3, "random": 8, "passage": 150, "rollouts": 5},
-        "5 searches": {"searches": 5, "random": 3, "passage": 450, "rollouts": 2},
+        "5 searches, short": {"searches": 5, "random": 3, "passage": 150, "rollouts": 5},
     },
     "gather_logprobs": {
         "small": {"rows": 256, "width": 64, "vocabulary": 1003},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_quick_report():
         assert f"\n{op} on " in right
     rows = [line for line in right.splitlines() if line.startswith("  small ")]
     assert len(rows) >= 9
-    assert all(" eager " in row and " compiled " in row for row in rows)
+    assert all(re.search(r"\b[\d.]+x", row) for row in rows)
     assert "failed, so without a row: masked_advantages" in wrong
     assert "  small " not in wrong
     assert stored() == before

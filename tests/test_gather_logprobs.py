@@ -206,6 +206,15 @@ def test_log_probs_of_all_tokens_sum_to_one():
     assert torch.allclose(out.exp().sum(-1), torch.ones(4))
 
 
+def test_a_vocabulary_of_one_has_no_gradient():
+    hidden, weight = torch.randn(3, 21, requires_grad=True), torch.randn(1, 21, requires_grad=True)
+    logprobs = gather_logprobs(hidden, weight, torch.zeros(3, dtype=torch.int64), temperature=0.5)
+    (logprobs * torch.tensor([1.0, 0.0, -2.0])).sum().backward()
+    assert not logprobs.any()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_option(data):

@@ -18,7 +18,7 @@ from stepcredit.train.setup import load_data
         (lambda: IGSearch(alpha=math.nan), r"credit.alpha must be finite, got nan"),
         (lambda: IGSearch(soft_clip=0.0), r"credit.soft_clip must be positive, got 0.0"),
         (lambda: IGSearch(max_context=0), r"credit.max_context must be at least 1, got 0"),
-        (lambda: IGSearch(center="mean"), r"credit.center must be one of none, batch, got 'mean'"),
+        (lambda: IGSearch(center="mean"), r"credit.center must be one of none, batch, group, got 'mean'"),
         (lambda: SearchR1(eps=-3.0), r"credit.eps must be at least 0, got -3.0"),
         (lambda: SearchR1(scale="max"), r"credit.scale must be one of std, none, got 'max'"),
         (lambda: LossConfig(aggregation="mean"), r"loss.aggregation must be one of token, sequence, got 'mean'"),

@@ -161,6 +161,8 @@ def backward(
 
     count, wide = hidden.shape[0], wide_dtype(hidden.dtype)
     active = (grad_logprobs != 0).any(dim=1) | (grad_entropy != 0)
+    if weight.shape[0] == 1:  # the only token is certain; recomputed logits would differ from the forward's by rounding
+        active.zero_()
     if row_mask is not None:
         active &= row_mask
     rows = None if bool(active.all()) else active.nonzero()[:, 0]
