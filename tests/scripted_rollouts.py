@@ -15,6 +15,8 @@ from stepcredit.train.engine.transcript import Transcript
 
 REFINE = get_protocol("refine")
 SEARCH_R1 = get_protocol("search_r1")
+#: Soft caps and sliding windows at the size of `random_policy`.
+GEMMA2 = {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 
 
 def write(

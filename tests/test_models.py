@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripted_rollouts import REFINE, random_policy, write
+from scripted_rollouts import GEMMA2, REFINE, random_policy, write
 from stepcredit.branches import tree_forward
 from stepcredit.counterfactual import score_steps
 from stepcredit.rollout import Question, RolloutBatch
@@ -28,7 +28,6 @@ ROPE = {
 }
 TOP2 = {"num_experts_per_tok": 2}
 MOE = {"moe_intermediate_size": 16, **TOP2}
-GEMMA2 = {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),

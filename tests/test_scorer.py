@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from scripted_rollouts import REFINE, random_policy, write
+from scripted_rollouts import GEMMA2, REFINE, random_policy, write
 from stepcredit.counterfactual import score_steps
 from stepcredit.head import head_options
 from stepcredit.rollout import Question, RolloutBatch, SpanKind
@@ -16,7 +16,6 @@ from tokenizers_under_test import BUILT
 
 TOKENIZER = BUILT["byte_bpe"]()
 OPTIONS = {"gemma2": {"softcap": 3.0}, "mistral": {}, "cohere": {"logit_scale": 0.3}, "granite": {"logit_scale": 0.25}}
-GEMMA2 = {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 
 
 def make(family="llama", **changes):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from stepcredit.environments.search import Response
 from stepcredit.protocol import Protocol, get_protocol, tag_patterns
 from stepcredit.rollout import Question, Rollout, Search, SpanKind
-from stepcredit.tokens import decode
+from stepcredit.tokens import decode, leading_bos
 from stepcredit.train.engine.transcript import Transcript
 
 
@@ -150,10 +150,9 @@ class _Reader:
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = list(tokenizer.encode(prompt, add_special_tokens=False))
-    bos = tokenizer.bos_token_id
+    bos = leading_bos(tokenizer)
     # Logs hold the text of BOS or leave it out, depending on who decoded them.
-    missing = bos is not None and tokenizer.encode("a")[:1] == [bos] and ids[:1] != [bos]
-    return [bos, *ids] if missing and ids else ids
+    return [*bos, *ids] if ids and ids[:1] != bos else ids
 
 
 def _reply_header(tokenizer: PreTrainedTokenizerBase) -> str:

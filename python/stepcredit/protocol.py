@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stepcredit._names import nearest
 from stepcredit.rollout import Question, SpanKind
-from stepcredit.tokens import encode
+from stepcredit.tokens import encode, leading_bos
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Passage
@@ -128,10 +128,8 @@ class Protocol:
             return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if style != "plain":
             raise ValueError(f"style must be 'plain' or 'chat', got {style!r}")
-        ids = encode(tokenizer, text)
         # Only a leading BOS: tokenizers of encoders would also close the prompt with a separator.
-        bos = tokenizer.bos_token_id
-        return [bos, *ids] if bos is not None and tokenizer.encode("a")[:1] == [bos] else ids
+        return [*leading_bos(tokenizer), *encode(tokenizer, text)]
 
     def parse_turn(self, text: str, forced_answer: bool = False) -> Turn:
         """Parse the policy's text since the environment last spoke.

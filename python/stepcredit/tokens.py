@@ -18,6 +18,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What this tokenizer puts before every text: its BOS, or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+
+
 def boundaries(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:
     """Where each token ends in `text = decode(ids)`: n+1 character offsets for n tokens, non-decreasing, by decoding
     every prefix. A token that only completes a character with its successors ends where it starts."""

@@ -26,6 +26,21 @@ def multiplies_bfloat16(dtype: torch.dtype, width: int) -> bool:
     return dtype == torch.bfloat16 and _C.has_bf16_product and width % 2 == 0
 
 
+def multiply_bfloat16(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right.T; contiguous, bfloat16 in and float32 out, where `multiplies_bfloat16` says so."""
+    from stepcredit import _C
+
+    _C.bf16_product_cpu(
+        left=left.data_ptr(),
+        right=right.data_ptr(),
+        out=out.data_ptr(),
+        rows=left.shape[0],
+        cols=right.shape[0],
+        depth=left.shape[1],
+        threads=torch.get_num_threads(),
+    )
+
+
 class _Tiles:
     """Computes logits tile by tile in one reused buffer: vocabulary outside, rows inside."""
 
@@ -66,20 +81,10 @@ class _Tiles:
 
     def multiply(self, hidden: Tensor, stripe: Tensor, out: Tensor) -> None:
         """out = hidden @ stripe.T, summed and left in the wide dtype."""
-        from stepcredit import _C
-
         if not self.narrow:
             torch.mm(hidden, stripe.T, out=out)
             return
-        _C.bf16_product_cpu(
-            left=hidden.data_ptr(),
-            right=stripe.data_ptr(),
-            out=out.data_ptr(),
-            rows=out.shape[0],
-            cols=out.shape[1],
-            depth=hidden.shape[1],
-            threads=self.threads,
-        )
+        multiply_bfloat16(hidden, stripe, out)
 
     def add_product(self, out: Tensor, dz: Tensor, factor: Tensor) -> None:
         """out += dz @ factor, `out` in the wide dtype."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stepcredit import dispatch
-from stepcredit.ops._gather_logprobs_cpu import multiplies_bfloat16
+from stepcredit.ops._gather_logprobs_cpu import multiplies_bfloat16, multiply_bfloat16
 
 Tensor = torch.Tensor
 
@@ -177,18 +177,8 @@ def _product(query: Tensor, key: Tensor) -> Tensor:
     """query @ key.mT, float32 for bfloat16: torch.bmm would round the scores."""
     if key.dtype != torch.bfloat16:
         return torch.bmm(query, key.mT)
-    from stepcredit import _C
-
     query = query.contiguous()
     out = torch.empty(*query.shape[:2], key.shape[1])
     for left, right, product in zip(query, key, out, strict=True):
-        _C.bf16_product_cpu(
-            left=left.data_ptr(),
-            right=right.data_ptr(),
-            out=product.data_ptr(),
-            rows=left.shape[0],
-            cols=right.shape[0],
-            depth=left.shape[1],
-            threads=torch.get_num_threads(),
-        )
+        multiply_bfloat16(left, right, product)
     return out
