@@ -1,13 +1,18 @@
 """Counterfactual scoring against separate contexts: `pytest benchmarks/bench_counterfactual.py`.
 
-Four ways to score every search step of a group of rollouts under its own and N other passages:
+Five ways to score every search step of a group of rollouts under its own and N other passages:
 
-* `separate`: each context a whole sequence, left-padded, a batch per step, as IG-Search's released code runs them;
+* `separate`: as IG-Search's released code does it: all contexts of the batch left-padded to the longest of them, with a
+  mask and positions, and whole sequences through verl's plain `compute_log_prob`, which computes the logits of every
+  position and keeps the answer's; a micro-batch holds the contexts of a step;
+* `trimmed`: separate contexts at their best: a batch for each step, as wide as its own contexts, logits of the answer
+  only;
 * `cached`: each context a continuation of a kept cache of the rollout, the N others as one batch;
 * ours, unfolded: one packed pass;
 * ours, folded: what it adds to the packed pass over the policy's old log-probs, which GRPO makes anyway.
 
-A run of `separate` takes minutes on a CPU, so each way is timed once, after a warm-up on the small shape.
+On a CPU these take minutes, so each way is timed once, after a warm-up on the small shape, and the first three, whose
+work is the same for every rollout of the group, run on its first rollout and count as many times as there are rollouts.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +49,8 @@ WORDS = [f"{a}{b}{c}" for a in "kstnm" for b in "aeiou" for c in "lrnsk"]
 
 @dataclass(frozen=True)
 class Way:
-    """One way, run once: scores [steps, 1 + N], time, memory beyond what was there before, tokens forwarded."""
+    """One way, run once: scores [steps, 1 + N], time, memory beyond what was there before, tokens forwarded (of
+    `separate` with its padding)."""
 
     scores: torch.Tensor
     seconds: float
@@ -151,20 +157,40 @@ def contexts(data: RolloutBatch, gains: StepGains) -> list[tuple[int, int, list[
     return found
 
 
+def padded(rows: list[list[int]], width: int) -> dict[str, torch.Tensor]:
+    """Rows padded on their left, with mask and positions."""
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=DEVICE)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=DEVICE)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_(min=0)}
+
+
 @torch.no_grad()
 def separate(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
     answer = scorer.encode(" " + data.rollouts[0].question.answers[0])
+    groups = contexts(data, gains)
+    width = len(answer) + max(len(row) for _, _, rows in groups for row in rows)
     scores, forwarded = [], 0
-    for _, _, group in contexts(data, gains):
+    for rollout, _, rows in groups:
+        if rollout:
+            continue
+        inputs = padded([row + answer for row in rows], width)
+        logits = scorer.model(**inputs, use_cache=False).logits
+        scores.append(_mean(logits[:, -len(answer) - 1 :], inputs["input_ids"][:, -len(answer) :]))
+        forwarded += inputs["input_ids"].numel()
+    return torch.stack(scores), forwarded
+
+
+@torch.no_grad()
+def trimmed(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
+    answer = scorer.encode(" " + data.rollouts[0].question.answers[0])
+    scores, forwarded = [], 0
+    for rollout, _, group in contexts(data, gains):
+        if rollout:
+            continue
         rows = [context + answer for context in group]
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=DEVICE)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=DEVICE)
-        positions = (mask.cumsum(1) - 1).clamp_(min=0)
-        logits = scorer.model(
-            ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=len(answer) + 1
-        ).logits
-        scores.append(_mean(logits, ids[:, -len(answer) :]))
+        inputs = padded(rows, max(map(len, rows)))
+        logits = scorer.model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1).logits
+        scores.append(_mean(logits, inputs["input_ids"][:, -len(answer) :]))
         forwarded += sum(map(len, rows))
     return torch.stack(scores), forwarded
 
@@ -179,10 +205,10 @@ def cached(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[
         logits = scorer.model(ids, past_key_values=kept, use_cache=True, logits_to_keep=len(answer) + 1).logits
         return _mean(logits, ids[:, -len(answer) :])
 
-    kept, owner, held = DynamicCache(), -1, 0
-    for b, fork, (real, *others) in contexts(data, gains):
-        if b != owner:
-            kept, owner, held = DynamicCache(), b, 0
+    kept, held = DynamicCache(), 0
+    for rollout, fork, (real, *others) in contexts(data, gains):
+        if rollout:
+            continue
         scorer.model(torch.tensor([real[held:fork]], device=DEVICE), past_key_values=kept, logits_to_keep=1)
         branch = copy.deepcopy(kept)
         branch.batch_repeat_interleave(len(others))
@@ -216,7 +242,7 @@ def old_logprobs(data: RolloutBatch, scorer: PolicyScorer) -> tuple[torch.Tensor
 
 @cache
 def ways(shape: str, dtype: torch.dtype) -> dict[str, Way]:
-    """All ways over the same draws, in one run."""
+    """All ways over the same draws, in one run; baselines for all rollouts."""
     size = SHAPES["counterfactual"][shape]
     scorer = policy(dtype)
     data = batch(size["searches"], size["passage"], size["rollouts"])
@@ -225,17 +251,18 @@ def ways(shape: str, dtype: torch.dtype) -> dict[str, Way]:
         "ours": measured(lambda: ours(data, gains, scorer)),
         "old_logprobs": measured(lambda: old_logprobs(data, scorer)),
         "both": measured(lambda: ours(data, gains, scorer, temperature=1.0)),
-        "cached": measured(lambda: cached(data, gains, scorer)),
-        "separate": measured(lambda: separate(data, gains, scorer)),
     }
-    for name in ("ours", "both", "cached"):  # a wrong result has no speed
-        difference = float((found[name].scores - found["separate"].scores).abs().max())
-        assert difference < TOLERANCE[dtype], f"{name} differs from separate contexts by {difference}"
+    for way in (separate, trimmed, cached):
+        one = measured(lambda way=way: way(data, gains, scorer))
+        for name in ("ours", "both"):  # a wrong result has no speed
+            difference = float((found[name].scores[: size["searches"]] - one.scores).abs().max())
+            assert difference < TOLERANCE[dtype], f"{name} differs from {way.__name__} by {difference}"
+        found[way.__name__] = replace(one, seconds=one.seconds * size["rollouts"], tokens=one.tokens * size["rollouts"])
     return found
 
 
 @pytest.mark.parametrize("mode", ["unfolded", "folded"])
-@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES["counterfactual"])
 def test_counterfactual(benchmark: Any, shape: str, dtype: torch.dtype, mode: str) -> None:
     if shape != "small":
@@ -248,7 +275,8 @@ def test_counterfactual(benchmark: Any, shape: str, dtype: torch.dtype, mode: st
     benchmark.pedantic(lambda: None, rounds=1)  # all was timed above, in one run; `seconds` below replaces this
     info = benchmark.extra_info
     info |= {"seconds": taken, "tokens": tokens, "peak_bytes": mine.peak_bytes}
-    info["difference"] = float((mine.scores - found["separate"].scores).abs().max())
-    for name in ("separate", "cached"):
+    expected = found["separate"].scores
+    info["difference"] = float((mine.scores[: len(expected)] - expected).abs().max())
+    for name in ("separate", "trimmed", "cached"):
         info |= {f"{name}_seconds": found[name].seconds, f"{name}_tokens": found[name].tokens}
         info |= {f"{name}_peak_bytes": found[name].peak_bytes, f"{name}_over_ours": found[name].seconds / taken}

@@ -1,12 +1,14 @@
 """`tree_attention` on the trees of counterfactual scoring against SDPA: `pytest benchmarks/bench_tree_attention.py`.
 
-Two baselines: scaled_dot_product_attention of the same packed tokens under a dense mask, made beforehand; and of every
-context as a sequence of its own, those of one search padded to a batch, as IG-Search's released code runs them.
+Baselines are the other implementations that can run here, which rank as dispatch takes them, and two ways without the
+op: scaled_dot_product_attention of the same packed tokens under a dense mask, made beforehand; and of every context as
+a sequence of its own, those of one search padded to a batch, as IG-Search's released code runs them.
 """
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +18,8 @@ import torch.nn.functional as F
 import numerics
 from benchmarks.measure import DEVICE, interleave, record_peaks, size_bytes
 from benchmarks.shapes import SHAPES
-from stepcredit import reference
-from stepcredit.ops.tree_attention import TreeLayout, tree_attention
+from stepcredit import dispatch, reference
+from stepcredit.ops.tree_attention import OP, TreeLayout, tree_attention
 
 #: The reference holds all scores, so it checks the first segments, of about this many tokens; dense checks the rest.
 CHECKED_TOKENS = 2048
@@ -122,6 +124,8 @@ def test_tree_attention(benchmark: Any, shape: str, dtype: torch.dtype) -> None:
     info["separate_tokens"] = sum(batch.numel() for batch in batches)
     info["flops"] = 4 * size["heads"] * size["width"] * int(mask.sum())
     info["bytes"] = size_bytes(q, k, v, out)
-    baselines = {"dense": dense, "separate": separate}
+    able = [name for name, why in dispatch.reasons(OP, q, k, v).items() if why is None]
+    others = {name: partial(tree_attention, q, k, v, tree, impl=name) for name in able[1:]}
+    baselines = {"dense": dense, "separate": separate, **others}
     interleave(benchmark, ours, baselines)
     record_peaks(benchmark, ours, baselines)

@@ -1,8 +1,9 @@
 """Measures ops against their baselines on this machine: `python -m benchmarks.report [--op OP] [--quick]`.
 
 Each `bench_<op>.py` runs through pytest-benchmark; what it measured replaces `results/<device>/<op>.json` and is
-compared with what is committed there. A ratio is a baseline's time over ours: above 1 ours is faster. An op whose
-benchmark fails, above all because a result is wrong, has no rows: its file stays as it was and the exit status is 1.
+compared with what is committed there; with `--only` the rows of other cases stay. A ratio is a baseline's time over
+ours: above 1 ours is faster. An op whose benchmark fails, above all because a result is wrong, has no rows: its file
+stays as it was and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ MISLEADING = ("STEPCREDIT_IMPL", "TORCH_COMPILE_DISABLE")
 Row = dict[str, Any]
 
 
-def rows_of(dump: dict[str, Any]) -> list[Row]:
+def rows_of(dump: dict[str, Any], commit: str) -> list[Row]:
     """The rows of pytest-benchmark's dump: parameters, best seconds and `extra_info`, floats to four digits."""
     rows = []
     for bench in dump["benchmarks"]:
         case = {name: _plain(value) for name, value in (bench["params"] or {}).items()}
         measured = {"seconds": bench["stats"]["min"], **bench["extra_info"]}
-        rows.append({**case, **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in measured.items()}})
+        rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in measured.items()}
+        rows.append({**case, "commit": commit, **rounded})
     return rows
 
 
@@ -47,7 +49,15 @@ def _plain(value: object) -> str:
 
 
 def case_of(row: Row) -> str:
-    return " ".join(value for value in row.values() if isinstance(value, str))
+    return " ".join(value for name, value in row.items() if isinstance(value, str) and name != "commit")
+
+
+def merged(result: dict[str, Any], stored: dict[str, Any]) -> list[Row]:
+    """The stored rows, those that were measured again replaced where they stood, and new cases after them. Without the
+    stored ones when these were measured under another torch or number of threads."""
+    new = {case_of(row): row for row in result["rows"]}
+    same = all(result[name] == stored[name] for name in ("torch", "threads"))
+    return [new.pop(case_of(row), row) for row in stored["rows"] if same] + list(new.values())
 
 
 def line(row: Row, old: Row | None) -> str:
@@ -59,7 +69,7 @@ def line(row: Row, old: Row | None) -> str:
     if "peak_bytes" in row:
         parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
     if old is not None:
-        parts.append(f"before {_duration(old['seconds'])}, {old['seconds'] / row['seconds']:.2f}x")
+        parts.append(f"before {_duration(old['seconds'])} at {old['commit']}, {old['seconds'] / row['seconds']:.2f}x")
     return "  ".join(parts)
 
 
@@ -70,7 +80,7 @@ def _duration(seconds: float) -> str:
 
 def lines(result: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
     """A heading and a line per row."""
-    conditions = "torch {torch}, {threads} threads, commit {commit}"
+    conditions = "torch {torch}, {threads} threads"
     heading = f"{result['op']} on {result['device']}: {conditions.format_map(result)}"
     old = {case_of(row): row for row in committed["rows"]} if committed else {}
     if committed:
@@ -103,7 +113,7 @@ def git(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def measure(op: str, *, quick: bool) -> dict[str, Any] | None:
+def measure(op: str, *, quick: bool, only: str | None = None) -> dict[str, Any] | None:
     """pytest-benchmark's dump for one op, None when a benchmark failed; pytest has printed why."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "dump.json"
@@ -111,6 +121,8 @@ def measure(op: str, *, quick: bool) -> dict[str, Any] | None:
         options += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
         if quick:
             options += ["-k", "small"]
+        elif only is not None:
+            options += ["-k", only]
         status = pytest.main([str(BENCHES / f"bench_{op}.py"), *options])
         return json.loads(dump.read_text()) if status == pytest.ExitCode.OK else None
 
@@ -119,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     ops = sorted(path.stem.removeprefix("bench_") for path in BENCHES.glob("bench_*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Ops against their baselines.")
     parser.add_argument("--op", choices=ops, help="measure one op (default: all)")
+    parser.add_argument("--only", metavar="TEXT", help="cases that pytest -k TEXT selects; stored rows of others stay")
     parser.add_argument("--quick", action="store_true", help="small shapes only, write nothing")
     options = parser.parse_args(arguments)
     for name in MISLEADING:
@@ -129,23 +142,19 @@ def main(arguments: list[str] | None = None) -> int:
     commit = (git("describe", "--always", "--dirty", "--exclude=*") or "unknown").strip()
     failed = []
     for op in [options.op] if options.op else ops:
-        dump = measure(op, quick=options.quick)
+        dump = measure(op, quick=options.quick, only=options.only)
         if dump is None:
             failed.append(op)
             continue
-        result: dict[str, Any] = {
-            "op": op,
-            "device": device_name(dump),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "commit": commit,
-            "rows": rows_of(dump),
-        }
+        conditions = {"op": op, "device": device_name(dump), "torch": torch.__version__}
+        result: dict[str, Any] = {**conditions, "threads": torch.get_num_threads(), "rows": rows_of(dump, commit)}
         path = BENCHES / "results" / slug(result["device"]) / f"{op}.json"
         before = git("show", f"HEAD:./{path.relative_to(BENCHES).as_posix()}")
         print("\n".join(lines(result, json.loads(before) if before else None)), flush=True)
         if not options.quick:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if options.only and path.exists():
+                result["rows"] = merged(result, json.loads(path.read_text()))
             path.write_text(text_of(result))
     if failed:
         print(f"failed, so without a row: {', '.join(failed)}")

@@ -4,12 +4,12 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
     # Searches a rollout, other passages a step, tokens of passages, rollouts of the group.
     "counterfactual": {
         "small": {"searches": 1, "random": 2, "passage": 30, "rollouts": 3},
-        "1 search": {"searches": 1, "random": 3, "passage": 450, "rollouts": 5},
-        "3 searches, short": {"searches": 3, "random": 3, "passage": 150, "rollouts": 5},
-        "3 searches": {"searches": 3, "random": 3, "passage": 450, "rollouts": 5},
-        "3 searches, 1 random": {"searches": 3, "random": 1, "passage": 450, "rollouts": 5},
-        "3 searches, 8 random": {"searches": 3, "random": 8, "passage": 150, "rollouts": 5},
-        "5 searches, short": {"searches": 5, "random": 3, "passage": 150, "rollouts": 5},
+        **{
+            f"{s} searches, {n} random, {p} tokens": {"searches": s, "random": n, "passage": p, "rollouts": 5}
+            for p in (150, 450)
+            for s in (1, 3, 5)
+            for n in (1, 3, 8)
+        },
     },
     "gather_logprobs": {
         "small": {"rows": 256, "width": 64, "vocabulary": 1003},

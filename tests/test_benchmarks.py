@@ -52,7 +52,7 @@ def dump(*benches):
 
 
 def result(*rows, **fields):
-    return {"op": "op", "device": "cpu", "torch": "2.13", "threads": 2, "commit": "abc", "rows": list(rows), **fields}
+    return {"op": "op", "device": "cpu", "torch": "2.13", "threads": 2, "rows": list(rows), **fields}
 
 
 def test_quick_report():
@@ -79,11 +79,11 @@ def test_results_are_written_and_compared(tmp_path, monkeypatch, capsys):
     """One file an op; an op whose benchmark failed keeps its old one."""
     for op in ("right", "wrong"):
         (tmp_path / f"bench_{op}.py").touch()
-    committed = report.text_of(result({"shape": "small", "seconds": 3.0}))
+    committed = report.text_of(result({"shape": "small", "commit": "old", "seconds": 3.0}))
     dumps = {"right": dump(({"shape": "small"}, 1.5, {})), "wrong": None}
     monkeypatch.setattr(report, "BENCHES", tmp_path)
     monkeypatch.setattr(report, "DEVICE", "cpu")
-    monkeypatch.setattr(report, "measure", lambda op, quick: dumps[op])
+    monkeypatch.setattr(report, "measure", lambda op, quick, only: dumps[op])
     monkeypatch.setattr(report, "git", lambda command, *_: committed if command == "show" else "abc\n")
     for name in report.MISLEADING:
         monkeypatch.delenv(name, raising=False)
@@ -91,11 +91,21 @@ def test_results_are_written_and_compared(tmp_path, monkeypatch, capsys):
     (path,) = (tmp_path / "results").rglob("*.json")
     assert path.relative_to(tmp_path / "results") == Path("some-cpu-2-10ghz", "right.json")
     written = json.loads(path.read_text())
-    assert written["commit"] == "abc"
-    assert written["rows"] == [{"shape": "small", "seconds": 1.5}]
+    assert written["rows"] == [{"shape": "small", "commit": "abc", "seconds": 1.5}]
     out = capsys.readouterr().out
-    assert "before 3 s, 2.00x" in out
+    assert "before 3 s at old, 2.00x" in out
     assert out.endswith("failed, so without a row: wrong\n")
+
+
+def test_measuring_some_cases_keeps_the_other_rows():
+    stored = result({"shape": "a", "commit": "old", "seconds": 1.0}, {"shape": "b", "commit": "old", "seconds": 2.0})
+    new = result({"shape": "c", "commit": "new", "seconds": 3.0}, {"shape": "b", "commit": "new", "seconds": 4.0})
+    assert [(r["shape"], r["commit"], r["seconds"]) for r in report.merged(new, stored)] == [
+        ("a", "old", 1.0),
+        ("b", "new", 4.0),
+        ("c", "new", 3.0),
+    ]
+    assert report.merged(new, {**stored, "threads": 1}) == new["rows"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -108,28 +118,51 @@ def test_git_answers_or_is_none(tmp_path, monkeypatch):
 
 def test_rows_of():
     params = {"shape": "small", "dtype": "UNSERIALIZABLE[torch.bfloat16]", "window": 4}
-    rows = report.rows_of(dump((params, 0.00123456, {"flops": 123456789, "eager_over_ours": 1.23456}), (None, 2.0, {})))
+    rows = report.rows_of(
+        dump((params, 0.00123456, {"flops": 123456789, "eager_over_ours": 1.23456}), (None, 2.0, {})), "abc"
+    )
     assert rows == [
         {
             "shape": "small",
             "dtype": "bfloat16",
             "window": "4",
+            "commit": "abc",
             "seconds": 0.001235,
             "flops": 123456789,
             "eager_over_ours": 1.235,
         },
-        {"seconds": 2.0},
+        {"commit": "abc", "seconds": 2.0},
     ]
     assert report.case_of(rows[0]) == "small bfloat16 4"
 
 
 def test_lines_compare_with_what_is_committed():
-    row = {"shape": "small", "dtype": "float32", "seconds": 0.002, "eager_seconds": 0.001, "eager_over_ours": 0.5}
+    row = {
+        "shape": "small",
+        "dtype": "float32",
+        "commit": "abc",
+        "seconds": 0.002,
+        "eager_seconds": 0.001,
+        "eager_over_ours": 0.5,
+    }
     new = result(row, {**row, "shape": "large", "peak_bytes": 2_000_000}, threads=1)
-    old = result({**row, "seconds": 0.003}, commit="old")
+    old = result({**row, "commit": "old", "seconds": 0.003})
     heading, small, large = report.lines(new, old)
-    assert "1 threads, commit abc; before: torch 2.13, 2 threads, commit old" in heading
-    assert small.split() == ["small", "float32", "2", "ms", "eager", "0.50x", "before", "3", "ms,", "1.50x"]
+    assert "1 threads; before: torch 2.13, 2 threads" in heading
+    assert small.split() == [
+        "small",
+        "float32",
+        "2",
+        "ms",
+        "eager",
+        "0.50x",
+        "before",
+        "3",
+        "ms",
+        "at",
+        "old,",
+        "1.50x",
+    ]
     assert large.split() == ["large", "float32", "2", "ms", "eager", "0.50x", "peak", "2", "MB"]
     assert "before" not in "".join(report.lines(new, None))
 

@@ -376,6 +376,7 @@ def test_an_answer_without_tokens_is_skipped_and_counted():
     batch, policy = make()
     gains = score_steps(batch, Deaf(policy.model, TOKENIZER, REFINE))
     assert gains.counts["unscored_no_answer"] == 3  # question b; question a falls back to its alias
+    assert gains.counts["empty_answers"] == 3 + 3  # the other question has an answer of its own
     assert gains.scored.tolist() == [True, True, True, False, False, False, True]
 
 

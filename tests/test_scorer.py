@@ -135,6 +135,10 @@ def test_models_that_cannot_be_served_are_refused_by_name():
     sinks = random_policy("gpt_oss", TOKENIZER, num_local_experts=2, head_dim=8)
     with pytest.raises(ValueError, match=r"GptOssForCausalLM .* attention sinks"):
         PolicyScorer(sinks, TOKENIZER, REFINE)
+    latent = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
+    deepseek = random_policy("deepseek_v3", TOKENIZER, **latent)
+    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM .* keys are not as wide as its values \(16 and 8\)"):
+        PolicyScorer(deepseek, TOKENIZER, REFINE)
     mamba = random_policy("mamba", TOKENIZER)
     with pytest.raises(ValueError, match=r"MambaForCausalLM .* attention interface"):
         PolicyScorer(mamba, TOKENIZER, REFINE)

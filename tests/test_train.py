@@ -230,6 +230,10 @@ def test_the_scoring_pass_gives_the_old_log_probs():
         for name, gradient in other.items():
             torch.testing.assert_close(one[name], gradient, rtol=1e-3, atol=1e-6)
     assert metrics["tokens_forwarded"] == 2 * update(plain)[1]["tokens_forwarded"] < full["tokens_forwarded"]
+    assert metrics["old_logprob_gap"] < 1e-5
+    assert "old_logprob_gap" not in update(folded)[1]  # one optimizer step has no use for old log-probs
+    apart = replace(folded, logprobs=folded.logprobs - 0.1)
+    assert update(apart, loss)[1]["old_logprob_gap"] == pytest.approx(0.1, abs=1e-4)
     assert SearchR1()(batch, parts.scorer, temperature=1.0).logprobs is None
     assert IGSearch(trunk="skeleton")(batch, parts.scorer, temperature=1.0).logprobs is None
 

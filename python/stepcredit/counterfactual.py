@@ -45,8 +45,9 @@ class StepGains:
         scored: bool [S].
         counterfactual: float32 [S, N], that answer's counterfactual scores; NaN where there is none.
         draws: for each step, the (rollout, step) whose passages stand in; empty unless baseline="random".
-        counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "pool_size" (steps whose
-            passages can be drawn), "pool_fallback", "pool_repeated", and why steps are unscored:
+        counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "empty_answers" (gold
+            answers of steps, left out because they have no tokens), "pool_size" (steps whose passages can be drawn),
+            "pool_fallback", "pool_repeated", and why steps are unscored:
             "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool", "unscored_no_answer" (no gold
             answer has a token), "unscored_too_long", "unscored_no_weight" (no token of the best answer has a weight).
         tokens_forwarded: tokens run through the model: "trunk", "real" leaves, "counterfactual" leaves.
@@ -141,7 +142,7 @@ def score_steps(
     trunks = [read_trunk(rollout, policy, trunk) for rollout in rollouts]
     found = {(b, t): site for b, one in enumerate(trunks) for t, site in one.steps.items()}
     counts: Counter[str] = Counter(
-        {"steps": len(steps), "truncated": 0, **{f"unscored_{reason}": 0 for reason in REASONS}}
+        {"steps": len(steps), "truncated": 0, "empty_answers": 0, **{f"unscored_{reason}": 0 for reason in REASONS}}
     )
     drawn: dict[StepId, tuple[StepId, ...]] = {}
     if baseline == "random":
@@ -165,8 +166,9 @@ def score_steps(
     space = "" if opening[-1:].isspace() else " "
     branches: dict[StepId, Branches] = {}
     for key in steps:
-        answers = [ids for text in rollouts[key[0]].question.answers if (ids := policy.encode(space + text))]
-        answers = answers[:max_variants]
+        given = [policy.encode(space + text) for text in rollouts[key[0]].question.answers]
+        answers = [ids for ids in given if ids][:max_variants]
+        counts["empty_answers"] += sum(not ids for ids in given)
         others = [found[other].passages for other in drawn.get(key, ())]
         planned = plan_step(found.get(key), others, answers, probe, baseline, min(limits, default=None))
         if isinstance(planned, str):

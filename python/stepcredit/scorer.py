@@ -29,6 +29,9 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"it has layers of type {', '.join(unknown)}; served are full and sliding-window attention"
     if sinks := [name for name, _ in model.named_parameters() if "sink" in name.rpartition(".")[2]]:
         return f"it has attention sinks ({sinks[0]})"
+    nope, rope, value = (getattr(config, f"{name}_head_dim", None) for name in ("qk_nope", "qk_rope", "v"))
+    if value is not None and nope is not None and rope is not None and nope + rope != value:
+        return f"its keys are not as wide as its values ({nope + rope} and {value})"
     if model.get_output_embeddings() is None or model.base_model is model:
         return "it has no language-model head on a base model"
     return None

@@ -76,7 +76,8 @@ def policy_update(
     Returns:
         Means over the optimizer steps of "loss", "kl", "clip_fraction" and "grad_norm"; each auxiliary loss as
         "loss_<name>"; "logprob_gap", the mean absolute difference between the log-probs of training and of sampling
-        (0 but for rounding, measured before the first optimizer step); "optimizer_steps", those that had a gradient;
+        (0 but for rounding, measured before the first optimizer step), and "old_logprob_gap", that between training and
+        the old log-probs, if these took a pass of their own; "optimizer_steps", those that had a gradient;
         "skipped_zero_advantage", rollouts that were not run because no token of theirs has an advantage;
         "tokens_forwarded".
 
@@ -114,6 +115,7 @@ def policy_update(
         chosen = set(share)
         rows = pack_rows(batch, [length * (b in chosen) for b, length in enumerate(lengths)], limit)
         forwarded += sum(len(row.tokens) for row in rows)
+        unchanged = not totals["compared"]  # a share in which nothing has an advantage moves no weight
         with training_attention(model, rows):
             for micro in micro_batches(rows, config.max_tokens):
                 position_N, logprobs_N = policy_logprobs(model, batch, used_T, micro, temperature)
@@ -131,9 +133,11 @@ def policy_update(
                 loss.backward()
                 for name, value in parts.items():
                     totals[name] += float(value) / num_steps
-                if number == 0:
+                if unchanged:
                     totals["gap"] += float((now_N - batch.sampling_logprobs[position_N]).abs().sum())
                     totals["compared"] += position_N.numel()
+                    if old_T is not None:
+                        totals["old_gap"] += float((now_N - old_T[position_N]).abs().sum())
         norm = optimizer.step(learning_rate)
         totals["grad_norm"] += norm / num_steps
         totals["optimizer_steps"] += norm > 0
@@ -141,6 +145,7 @@ def policy_update(
         **{name: totals[name] for name in ("loss", "kl", "clip_fraction", "grad_norm", "optimizer_steps")},
         **{f"loss_{name}": float(auxiliary.detach()) for name, auxiliary in credit.losses.items()},
         "logprob_gap": totals["gap"] / max(totals["compared"], 1.0),
+        **({} if old_T is None else {"old_logprob_gap": totals["old_gap"] / max(totals["compared"], 1.0)}),
         "skipped_zero_advantage": float(sum(length == 0 for length in lengths)),
         "tokens_forwarded": float(forwarded),
     }
