@@ -1,5 +1,4 @@
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
@@ -28,19 +27,6 @@ def test_scripts(question, quality, queries):
     assert script.queries == queries
     assert script.answer == question.answers[0]
     assert (script.question, script.quality) == (question, quality)
-
-
-def test_a_fragment_is_some_words_of_the_question():
-    text = "In which year was the bridge over the river opened?"
-    question = Question(id="q", text=text, answers=("1900",), plan=("Bridge",))
-    assert demonstrate(question, "fragment") == demonstrate(question, "fragment")
-    drawn = [demonstrate(replace(question, id=str(i)), "fragment").queries for i in range(100)]
-    assert all(len(queries) == 1 and queries[0] in text for queries in drawn)
-    words = [query.split() for (query,) in drawn]
-    assert {len(fragment) for fragment in words} == {1, 2, 3}
-    assert {fragment[0] for fragment in words} >= {"In", "was", "over"}
-    assert {fragment[-1] for fragment in words} >= {"bridge", "opened?"}
-    assert demonstrate(replace(question, text="Why?"), "fragment").queries == ("Why?",)
 
 
 def test_shares_hold_and_seeds_differ():
@@ -79,7 +65,5 @@ def test_bad_mixes_are_named():
 def test_bad_questions_and_qualities_are_named():
     with pytest.raises(ValueError, match="question 'q3' has no plan"):
         demonstrations([TWO_HOP, Question(id="q3", text="t", answers=("a",))])
-    with pytest.raises(
-        ValueError, match="quality is 'goood', expected one of good, question, one_hop, repeat, fragment"
-    ):
+    with pytest.raises(ValueError, match="quality is 'goood', expected one of good, question, one_hop, repeat"):
         demonstrate(TWO_HOP, "goood")

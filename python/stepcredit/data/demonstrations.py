@@ -25,15 +25,12 @@ class DemonstrationMix:
         question: one search, for the question's own text.
         one_hop: the plan's first query only. A plan of one query has no later hop to leave out and stays good.
         repeat: the plan's first query twice.
-        fragment: one search, for one to three neighbouring words of the question: the form of a search without knowing
-            what is worth searching for.
     """
 
     good: float = 0.4
     question: float = 0.2
     one_hop: float = 0.2
     repeat: float = 0.2
-    fragment: float = 0.0
 
     def __post_init__(self) -> None:
         for share in fields(self):
@@ -65,24 +62,10 @@ def demonstrate(question: Question, quality: str) -> Demonstration:
     plan = question.plan
     if not plan:
         raise ValueError(f"question {question.id!r} has no plan, so it cannot be demonstrated")
-    scripts = {
-        "good": plan,
-        "question": (question.text,),
-        "one_hop": plan[:1],
-        "repeat": plan[:1] * 2,
-        "fragment": (_fragment(question),),
-    }
+    scripts = {"good": plan, "question": (question.text,), "one_hop": plan[:1], "repeat": plan[:1] * 2}
     if quality not in scripts:
         raise ValueError(f"quality is {quality!r}, expected one of {', '.join(scripts)}")
     return Demonstration(question=question, quality=quality, queries=scripts[quality], answer=question.answers[0])
-
-
-def _fragment(question: Question) -> str:
-    """Always the same of a question."""
-    words, rng = question.text.split(), random.Random(question.id)
-    length = min(rng.randint(1, 3), len(words))
-    start = rng.randint(0, len(words) - length)
-    return " ".join(words[start : start + length])
 
 
 def demonstrations(
