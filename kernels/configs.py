@@ -30,6 +30,24 @@ class Config:
     num_stages: int = 1
 
     @property
-    def launch(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | bool]:
+        """Of the compiler. Fusion into fma is stated because Triton's default changes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.blocks, **self.options}
+
+
+def _by_dtype(
+    kernel: str, dtypes: tuple[torch.dtype, ...], blocks: dict[str, int], num_warps: int
+) -> dict[torch.dtype, Config]:
+    return {dtype: Config(kernel, dtype, blocks, num_warps) for dtype in dtypes}
+
+
+MASKED_ADVANTAGES = _by_dtype("masked_advantages", (torch.float32, torch.float64), {"BLOCK": 512}, 4)
+#: Answers are short and steps have a handful of branches: a warp holds them all.
+INFORMATION_GAIN = _by_dtype("information_gain", (torch.float32, torch.float64), {"BRANCHES": 8, "TOKENS": 16}, 1)
+
+ALL = (*MASKED_ADVANTAGES.values(), *INFORMATION_GAIN.values())

@@ -1,0 +1,46 @@
+"""Triton kernels without a GPU: every configuration is compiled ahead of time, for three architectures.
+
+That they compute what the references do is tested where their ops are: test_<op>.py, impl="triton", interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ahead_of_time import TARGETS
+from stepcredit import dispatch
+from stepcredit.kernels import configs
+
+pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """From a process that does not interpret: Triton reads its setting once."""
+    script = Path(__file__).with_name("ahead_of_time.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_configuration_is_compiled_for_every_target(compiled: list[dict[str, Any]]) -> None:
+    assert {(row["config"], row["capability"]) for row in compiled} == {
+        (at, capability) for at in range(len(configs.ALL)) for capability in TARGETS
+    }
+
+
+def test_no_configuration_spills_registers(compiled: list[dict[str, Any]]) -> None:
+    assert [row for row in compiled if row["spilled"]] == []
+
+
+def test_every_configuration_fits_into_shared_memory(compiled: list[dict[str, Any]]) -> None:
+    assert [row for row in compiled if row["shared"] > TARGETS[row["capability"]]] == []
