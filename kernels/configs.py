@@ -21,6 +21,7 @@ class Config:
         blocks: block sizes, by the name of the kernel's constexpr.
         num_warps: warps of a program.
         num_stages: tiles in flight in software-pipelined loops.
+        max_registers: of a thread. Stated where ptxas, left alone, would spill a few to fit one more program.
     """
 
     kernel: str
@@ -28,16 +29,18 @@ class Config:
     blocks: dict[str, int]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int | bool]:
-        """Of the compiler. Fusion into fma is stated because Triton's default changes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        """Keyword arguments of the launch."""
-        return {**self.blocks, **self.options}
+    def launch(self) -> dict[str, int | None]:
+        """Keyword arguments of the launch. Fusion into fma is stated because Triton's default changes."""
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }
 
 
 def _by_dtype(
@@ -50,4 +53,36 @@ MASKED_ADVANTAGES = _by_dtype("masked_advantages", (torch.float32, torch.float64
 #: Answers are short and steps have a handful of branches: a warp holds them all.
 INFORMATION_GAIN = _by_dtype("information_gain", (torch.float32, torch.float64), {"BRANCHES": 8, "TOKENS": 16}, 1)
 
-ALL = (*MASKED_ADVANTAGES.values(), *INFORMATION_GAIN.values())
+
+def _attention(dtype: torch.dtype, rows: int, keys: int, padded: int, num_warps: int, num_stages: int) -> Config:
+    return Config("tree_attention", dtype, {"ROWS": rows, "KEYS": keys, "PADDED": padded}, num_warps, num_stages, 255)
+
+
+#: By dtype, then by head size from the smallest; a head is padded with zeros to the next one.
+TREE_ATTENTION = {
+    torch.float32: (
+        _attention(torch.float32, 64, 16, 64, 8, 2),
+        _attention(torch.float32, 32, 16, 128, 8, 2),
+        _attention(torch.float32, 16, 16, 256, 8, 2),
+    ),
+    **{
+        dtype: (
+            _attention(dtype, 128, 64, 64, 8, 3),
+            _attention(dtype, 128, 32, 128, 8, 3),
+            _attention(dtype, 64, 16, 256, 8, 2),
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+    },
+}
+
+
+def tree_attention(dtype: torch.dtype, width: int) -> Config:
+    """For heads of this width, at most 256."""
+    return next(config for config in TREE_ATTENTION[dtype] if width <= config.blocks["PADDED"])
+
+
+ALL = (
+    *MASKED_ADVANTAGES.values(),
+    *INFORMATION_GAIN.values(),
+    *(config for by_size in TREE_ATTENTION.values() for config in by_size),
+)

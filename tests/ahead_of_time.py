@@ -57,9 +57,25 @@ def information_gain(config: configs.Config) -> None:
     launch(torch.zeros(2, dtype=config.dtype), offsets, offsets, offsets, head_tokens=3, head_weight=3.0)
 
 
+def tree_attention(config: configs.Config) -> None:
+    from stepcredit.kernels.tree_attention import launch
+
+    size = config.blocks["PADDED"]
+    layout = (torch.tensor([0, 3, 5]), torch.tensor([0, 0, 1]), torch.tensor([[0, 2]]), torch.tensor([0, 1, 2, 2, 3]))
+
+    def attend(width: int, softcap: float | None, window: int | None) -> None:
+        q, k = (torch.zeros(5, heads, width, dtype=config.dtype) for heads in (4, 2))
+        launch(q, k, k, *layout, scale=0.1, softcap=softcap, window=window)
+
+    attend(size, None, None)
+    if config.dtype != torch.float16:  # its code is bfloat16's but for the type: once is enough
+        attend(size * 3 // 4, 50.0, 3)
+
+
 LAUNCHES: dict[str, Callable[[configs.Config], None]] = {
     "masked_advantages": masked_advantages,
     "information_gain": information_gain,
+    "tree_attention": tree_attention,
 }
 
 

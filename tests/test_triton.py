@@ -5,6 +5,7 @@ That they compute what the references do is tested where their ops are: test_<op
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ahead_of_time import TARGETS
+from ahead_of_time import LAUNCHES, TARGETS
 from stepcredit import dispatch
 from stepcredit.kernels import configs
 
@@ -44,3 +46,30 @@ def test_no_configuration_spills_registers(compiled: list[dict[str, Any]]) -> No
 
 def test_every_configuration_fits_into_shared_memory(compiled: list[dict[str, Any]]) -> None:
     assert [row for row in compiled if row["shared"] > TARGETS[row["capability"]]] == []
+
+
+def test_attention_of_half_precision_uses_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    instructions = {80: {"mma"}, 90: {"wgmma"}, 100: {"tcgen05", "mma"}}
+    rows = [row for row in compiled if configs.ALL[row["config"]] in HALF_PRECISION]
+    assert rows
+    assert [row for row in rows if not instructions[row["capability"]].intersection(row["matrix"])] == []
+
+
+HALF_PRECISION = [c for c in configs.ALL if c.kernel == "tree_attention" and c.dtype.itemsize == 2]
+
+
+@pytest.mark.parametrize("config", configs.ALL, ids=lambda c: f"{c.kernel}-{c.dtype}-{c.blocks}")
+def test_launching_reads_no_value_of_a_tensor(config: configs.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that the host needs would make it wait for the GPU; a meta tensor has none to give."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: launched.append(grid)
+
+    module = importlib.import_module(f"stepcredit.kernels.{config.kernel}")
+    monkeypatch.setattr(module, f"{config.kernel}_kernel", Kernel())
+    with torch.device("meta"):
+        LAUNCHES[config.kernel](config)
+    assert launched
+    assert all(size > 0 for grid in launched for size in grid)
