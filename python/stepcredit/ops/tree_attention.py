@@ -35,8 +35,10 @@ _triton_serves = dispatch.triton(torch.float32, torch.bfloat16, torch.float16)
 def _triton_why_not(*tensors: torch.Tensor) -> str | None:
     if (reason := _triton_serves(*tensors)) is not None:
         return reason
-    width = max(t.shape[-1] if t.is_floating_point() else 0 for t in tensors)
-    return None if width <= 256 else f"it serves head sizes up to 256, got {width}"
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.shape[-1] > 256:
+            return f"it serves head sizes up to 256, got {tensor.shape[-1]}"
+    return None
 
 
 @dispatch.register(OP, "triton", _triton_why_not)
