@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from stepcredit import dispatch
 
@@ -42,6 +43,39 @@ def test_environment_variable_forces(op, monkeypatch):
     monkeypatch.setenv("STEPCREDIT_IMPL", "cuda")
     with pytest.raises(ValueError, match="STEPCREDIT_IMPL='cuda' does not exist"):
         dispatch.resolve(op, None, X)
+
+
+@pytest.fixture
+def interpreted_op(op, monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.register(op, "triton", dispatch.triton(torch.float32))(lambda: "triton")
+    return op
+
+
+def test_triton_comes_before_others_on_a_gpu_and_interprets_only_where_named(interpreted_op):
+    assert dispatch.resolve(interpreted_op, None, X) == "cpu"
+    assert dispatch.resolve(interpreted_op, "triton", X) == "triton"
+    with FakeTensorMode():
+        assert dispatch.resolve(interpreted_op, None, torch.zeros(1, device="cuda")) == "triton"
+
+
+def test_triton_says_why_it_cannot_run(interpreted_op, monkeypatch):
+    def reason(x):
+        return dispatch.reasons(interpreted_op, x)["triton"]
+
+    assert reason(X.long()) is None
+    assert reason(X.half()) == "it serves float32, got float16"
+    assert reason(X.to("meta")) == "it serves CUDA tensors, got one on meta"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert reason(X).startswith("it serves CUDA tensors, got one on cpu (Triton's interpreter")
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert reason(X) == "Triton is not installed"
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, stepcredit; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_name_is_refused_at_registration():

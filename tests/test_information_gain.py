@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import numerics
 from stepcredit import information_gain, reference
+from triton_under_test import TRITON
 
-IMPLS = ["cpu", "reference"]
+IMPLS = ["cpu", TRITON, "reference"]
 FIELDS = reference.InformationGain._fields
 
 
@@ -51,13 +52,14 @@ def test_degenerate_layouts(impl, shape):
     verify(make(*shape), impl)
 
 
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_ragged(data):
+def test_ragged(impl, data):
     steps = data.draw(st.lists(st.integers(0, 3), max_size=6))
     variants = data.draw(st.lists(st.integers(0, 4), min_size=sum(steps), max_size=sum(steps)))
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=sum(variants), max_size=sum(variants)))
-    verify(make(lengths, variants, steps, seed=data.draw(st.integers(0, 99))), "cpu", 3, 3.0)
+    verify(make(lengths, variants, steps, seed=data.draw(st.integers(0, 99))), impl, 3, 3.0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -120,6 +122,11 @@ def test_head_weight_is_normalised_by_its_mean(impl):
     assert short.scores.item() == -1.0  # three tokens or fewer: the plain mean
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_branches_and_tokens_than_a_block(impl):
+    verify(make([40, 3, 0, 17, 33, *range(20), 16, 8, 1], [25, 3], [1, 1]), impl, 20, 3.0)
+
+
 def test_many_branches_use_threads():
     args = make([3] * 8000, [4] * 2000, [1] * 2000)
     out = information_gain(*args, impl="cpu")
@@ -153,8 +160,9 @@ def test_bad_head_weight():
         information_gain(*make([2, 1], [2], [1]), head_weight=-1.0)
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
+def test_opcheck_and_compile(impl):
     args = make([2, 1, 2], [3], [1])
-    torch.library.opcheck(torch.ops.stepcredit.information_gain.default, (*args, 3, 3.0, "cpu"))
-    compiled = torch.compile(lambda *a: information_gain(*a).gain + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*args), information_gain(*args).gain + 1)
+    torch.library.opcheck(torch.ops.stepcredit.information_gain.default, (*args, 3, 3.0, impl))
+    compiled = torch.compile(lambda *a: information_gain(*a, impl=impl).gain + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), information_gain(*args, impl=impl).gain + 1)

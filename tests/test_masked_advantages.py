@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import numerics
 from stepcredit import dispatch, masked_advantages, reference
+from triton_under_test import TRITON
 
 DEFAULTS = dict(
     alpha=0.3,
@@ -20,7 +21,7 @@ DEFAULTS = dict(
     negative_scale=1.0,
     soft_clip=math.inf,
 )
-IMPLS = ["cpu", "reference"]
+IMPLS = ["cpu", TRITON, "reference"]
 ARGS = ("rewards", "groups", "cu_seqlens", "policy_mask", "step_ids", "step_gains")
 
 
@@ -78,13 +79,22 @@ def test_degenerate_sizes(impl, lengths):
     verify(make(lengths, [0] * len(lengths)), impl)
 
 
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_ragged(data):
+def test_ragged(impl, data):
     lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=12))
     groups = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=len(lengths), max_size=len(lengths)))
     steps = data.draw(st.integers(0, 6))
-    verify(make(lengths, groups, steps, seed=data.draw(st.integers(0, 99))), "cpu", dead_zone=0.5, soft_clip=4.0)
+    verify(make(lengths, groups, steps, seed=data.draw(st.integers(0, 99))), impl, dead_zone=0.5, soft_clip=4.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_rollouts_and_tokens_than_a_block(impl):
+    batch = make([1200, 3, *[0] * 515, 600], [0, 1, *[1, 2, 1, 3, 4] * 103, 0], steps=9)
+    batch["step_ids"] = torch.where(torch.arange(1803) % 3 == 0, batch["step_ids"], -1)
+    batch["step_ids"][[5, 500, 700, 1100]] = 0  # a query in several blocks
+    verify(batch, impl, soft_clip=2.0)
 
 
 def test_large_batch_uses_threads_and_is_deterministic():
@@ -100,7 +110,7 @@ def test_large_batch_uses_threads_and_is_deterministic():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equal_rewards_give_exactly_zero(impl):
-    batch = make([5, 5, 5], [0, 0, 0]) | {"rewards": torch.full((3,), 0.1)}
+    batch = make([5, 5, 5], [0, 0, 0]) | {"rewards": torch.full((3,), 0.1, dtype=torch.float64)}
     assert torch.count_nonzero(run(batch, impl)) == 0
 
 
@@ -166,11 +176,12 @@ def test_framework_parity_presets(impl):
     assert run(one, impl, singleton="reward").item() == pytest.approx(0.7 / (1 + 1e-6))
 
 
-def test_strided_inputs():
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
+def test_strided_inputs(impl):
     batch = make([6, 6], [0, 0], steps=2)
     wide = {n: torch.stack([t, t.clone()], dim=1)[:, 0] for n, t in batch.items() if t.numel()}
     assert not wide["rewards"].is_contiguous()
-    assert torch.equal(run(batch | wide, "cpu"), run(batch, "cpu"))
+    assert torch.equal(run(batch | wide, impl), run(batch, impl))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +233,10 @@ def test_half_precision_goes_to_the_reference_and_says_why():
         run(batch, "cpu")
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
+def test_opcheck_and_compile(impl):
     batch = make([3, 4], [0, 0], steps=2)
     args = [batch[name] for name in ARGS]
-    torch.library.opcheck(torch.ops.stepcredit.masked_advantages.default, (*args, *DEFAULTS.values(), "cpu"))
-    compiled = torch.compile(lambda *a: masked_advantages(*a) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*args), masked_advantages(*args) * 2)
+    torch.library.opcheck(torch.ops.stepcredit.masked_advantages.default, (*args, *DEFAULTS.values(), impl))
+    compiled = torch.compile(lambda *a: masked_advantages(*a, impl=impl) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), masked_advantages(*args, impl=impl) * 2)

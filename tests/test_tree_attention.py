@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -13,12 +14,17 @@ from numerics import check
 from stepcredit import dispatch, reference
 from stepcredit.ops import _tree_attention_cpu, _tree_attention_flex
 from stepcredit.ops.tree_attention import OP, TreeLayout, tree_attention
+from triton_under_test import TRITON
 
 # On the CPU flex runs uncompiled, which torch warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-IMPLS = ("cpu", "flex", "reference")
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+IMPLS = ("cpu", "flex", TRITON, "reference")
+#: Triton's other dtypes are in test_triton_attention.py, as are its blocks and ragged trees.
+IMPLS_AND_DTYPES = (
+    *itertools.product(("cpu", "flex", "reference"), (torch.float32, torch.bfloat16, torch.float64)),
+    pytest.param("triton", torch.float32, marks=TRITON.marks),
+)
 
 #: A trunk and leaves of several tiles and blocks, siblings that share a tile and siblings that do not.
 LONG = [(600, -1, 0), (60, 0, 500), (50, 0, 500), (90, 0, 500), (300, 0, 500), (3, 0, 500), (40, 4, 300), (140, -1, 0)]
@@ -56,8 +62,7 @@ def gold(q, k, v, tree: TreeLayout, scale: float, softcap: float | None, window:
     return lambda q, k, v: reference.tree_attention(q, k, v, *parts, scale=scale, softcap=softcap, window=window)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("impl", "dtype"), IMPLS_AND_DTYPES)
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (2.0, None), (None, 3), (2.0, 4), (None, 99)])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (9, 3)])
 def test_values(
@@ -93,6 +98,10 @@ def test_every_path_is_a_sequence_of_its_own(window: int | None) -> None:
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_ragged_trees(data: st.DataObject) -> None:
+    verify_ragged_tree(data, "cpu")
+
+
+def verify_ragged_tree(data: st.DataObject, impl: str) -> None:
     segments: list[tuple[int, int, int]] = []
     for i in range(data.draw(st.integers(1, 7))):
         parent = data.draw(st.integers(-1, i - 1))
@@ -101,7 +110,7 @@ def test_ragged_trees(data: st.DataObject) -> None:
     tree = layout(segments)
     q, k, v = qkv(tree.num_tokens)
     window = data.draw(st.sampled_from([None, 1, 3]))
-    check(tree_attention(q, k, v, tree, window=window, impl="cpu"), gold(q, k, v, tree, 8**-0.5, None, window), q, k, v)
+    check(tree_attention(q, k, v, tree, window=window, impl=impl), gold(q, k, v, tree, 8**-0.5, None, window), q, k, v)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -151,15 +160,15 @@ def test_bfloat16_where_rows_of_scores_do_not_serve(
     check(out, gold(q, k, v, tree, 0.5, softcap, None), q, k, v)
 
 
-def test_bfloat16_scores_are_not_rounded() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bfloat16_scores_are_not_rounded(impl: str) -> None:
     # Scores of 256 and 257 are the same number in bfloat16, and their softmax is not 1/2.
     tree = TreeLayout.build([2], [[]])
     q = torch.tensor([[1.0, 1.0], [1.0, 1.0]]).bfloat16()[:, None]
     k = torch.tensor([[256.0, 0.0], [256.0, 1.0]]).bfloat16()[:, None]
     v = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).bfloat16()[:, None]
-    for impl in IMPLS:
-        out = tree_attention(q, k, v, tree, scale=1.0, impl=impl)
-        assert out[1, 0, 0].item() == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=4e-3), impl
+    out = tree_attention(q, k, v, tree, scale=1.0, impl=impl)
+    assert out[1, 0, 0].item() == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=4e-3)
 
 
 def test_tiles_cover_every_row_once_and_see_its_path() -> None:
@@ -221,6 +230,7 @@ def test_flex_serves_cuda_tensors_and_no_cpu_tensor_by_default(monkeypatch: pyte
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert dispatch.resolve(OP, None, torch.zeros(1, 1, 64, dtype=dtype)) in ("cpu", "reference")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)  # else its kernel comes first
     with FakeTensorMode():
         small, large, double = (
             torch.zeros(1, 1, width, dtype=dtype, device="cuda")
@@ -259,14 +269,17 @@ def test_siblings_do_not_see_each_other(impl: str) -> None:
     torch.testing.assert_close(after[:9], before[:9])
 
 
-def test_opcheck_and_compile() -> None:
+# opcheck reads storages, which the vmap inside FlexAttention does not have.
+@pytest.mark.parametrize("impl", ["cpu", TRITON, "reference"])
+def test_opcheck_and_compile(impl: str) -> None:
     tree = layout(SEGMENTS)
     q, k, v = qkv(tree.num_tokens)
     parts = (tree.cu_segments, tree.cu_ranges, tree.ranges, tree.positions)
-    for impl in ("cpu", "reference"):  # opcheck reads storages, which the vmap inside FlexAttention does not have
-        torch.library.opcheck(torch.ops.stepcredit.tree_attention.default, (q, k, v, *parts, 0.3, None, 3, impl))
-    compiled = torch.compile(lambda q, k, v: tree_attention(q, k, v, tree) * 2, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v), tree_attention(q, k, v, tree) * 2)
+    torch.library.opcheck(torch.ops.stepcredit.tree_attention.default, (q, k, v, *parts, 0.3, None, 3, impl))
+    compiled = torch.compile(
+        lambda q, k, v: tree_attention(q, k, v, tree, impl=impl) * 2, fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v), tree_attention(q, k, v, tree, impl=impl) * 2)
 
 
 def test_forward_only() -> None:

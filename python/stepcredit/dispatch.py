@@ -8,6 +8,7 @@ catches an exception of a kernel.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 
 ORDER = ("cuda", "triton", "cpu", "flex", "reference")
+
+#: Found, not imported: importing Triton takes time that users of the CPU should not wait for.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 #: Says in one sentence why an implementation cannot run for these tensors; None when it can.
 WhyNot = Callable[..., "str | None"]
@@ -58,6 +62,8 @@ def resolve(op: str, impl: str | None, *tensors: torch.Tensor) -> str:
             raise ValueError(f"{op}: {source}={forced!r} cannot run: {reason}")
         return forced
     for name in ORDER:
+        if name == "triton" and any(t.device.type == "cpu" for t in tensors):
+            continue  # Triton's interpreter proves kernels and is slow: only for who names it
         if name in known and known[name].why_not(*tensors) is None:
             if name == "reference" and any(t.is_cuda for t in tensors) and op not in _warned:
                 _warned.add(op)
@@ -95,6 +101,34 @@ def native_cuda(*dtypes: torch.dtype) -> WhyNot:
     return partial(_why_not_native, "cuda", dtypes)
 
 
+def triton(*dtypes: torch.dtype) -> WhyNot:
+    """Guard of a Triton kernel: Triton is installed, tensors are on a GPU and floating ones of a served dtype; with
+    TRITON_INTERPRET=1 in the environment also on the CPU, where Triton interprets the kernel."""
+    return partial(_why_not_triton, dtypes)
+
+
+def _why_not_triton(dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for tensor in tensors:
+        device = tensor.device.type
+        if device == "cpu" and not interpreted:
+            return "it serves CUDA tensors, got one on cpu (Triton's interpreter, TRITON_INTERPRET=1, runs it there)"
+        if device not in ("cuda", "cpu"):
+            return f"it serves CUDA tensors, got one on {tensor.device}"
+        if (reason := _not_served(dtypes, tensor)) is not None:
+            return reason
+    return None
+
+
+def _not_served(dtypes: tuple[torch.dtype, ...], tensor: torch.Tensor) -> str | None:
+    if not tensor.is_floating_point() or tensor.dtype in dtypes:
+        return None
+    served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return f"it serves {served}, got {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def _why_not_native(device: str, dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor) -> str | None:
     try:
         from stepcredit import _C
@@ -105,7 +139,6 @@ def _why_not_native(device: str, dtypes: tuple[torch.dtype, ...], *tensors: torc
     for tensor in tensors:
         if tensor.device.type != device:
             return f"it serves {device.upper()} tensors, got one on {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype not in dtypes:
-            served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            return f"it serves {served}, got {str(tensor.dtype).removeprefix('torch.')}"
+        if (reason := _not_served(dtypes, tensor)) is not None:
+            return reason
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from stepcredit import dispatch, reference
@@ -51,6 +53,13 @@ def _cpu(
         threads=torch.get_num_threads(),
     )
     return out
+
+
+@dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))
+def _triton(*tensors: torch.Tensor, **options: Any) -> InformationGain:
+    from stepcredit.kernels import information_gain as kernel
+
+    return kernel.launch(*tensors, **options)
 
 
 @torch.library.custom_op("stepcredit::information_gain", mutates_args=())
@@ -118,7 +127,7 @@ def information_gain(
         cu_steps: int64 [S+1], offsets of the steps in the variants.
         head_tokens: the first this many answer tokens weigh `head_weight` (IG-Search's released code: 3).
         head_weight: their weight, >= 0 (released code: 3.0; the paper's equation is a plain mean, 1.0).
-        impl: "cpu" or "reference"; None picks the first that can run.
+        impl: "triton", "cpu" or "reference"; None picks the first that can run.
 
     Returns:
         InformationGain(gain[S], real[S], baseline[S], scored[S] bool, scores[R], best_variant[S] int64). A step

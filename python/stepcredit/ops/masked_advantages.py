@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -60,6 +60,13 @@ def _native(
         stream=torch.cuda.current_stream(rewards.device).cuda_stream if rewards.is_cuda else 0,
     )
     return advantages
+
+
+@dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))
+def _triton(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    from stepcredit.kernels import masked_advantages as kernel
+
+    return kernel.launch(*tensors, **options)
 
 
 def _check_steps(cu_seqlens: torch.Tensor, step_ids: torch.Tensor, steps: int) -> None:
@@ -176,7 +183,7 @@ def masked_advantages(
         dead_zone: gains smaller in magnitude count as zero, nats. The paper names it and gives no value.
         negative_scale: factor on negative gains; below 1 a bad query costs less than a good one earns.
         soft_clip: bound of the gains, nats; inf switches it off. The tanh form is ours.
-        impl: "cuda", "cpu" or "reference"; None picks the first that can run.
+        impl: "cuda", "triton", "cpu" or "reference"; None picks the first that can run.
 
     Returns:
         advantages [T], dtype of `rewards`. A group whose rewards are all equal gets exactly 0 before gains.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -26,6 +27,25 @@ def _cpu_why_not(*tensors: torch.Tensor) -> str | None:
 
 dispatch.register(OP, "cpu", _cpu_why_not)(_tree_attention_cpu.attend)
 dispatch.register(OP, "flex", _tree_attention_flex.why_not)(_tree_attention_flex.attend)
+
+
+_triton_serves = dispatch.triton(torch.float32, torch.bfloat16, torch.float16)
+
+
+def _triton_why_not(*tensors: torch.Tensor) -> str | None:
+    if (reason := _triton_serves(*tensors)) is not None:
+        return reason
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.shape[-1] > 256:
+            return f"it serves head sizes up to 256, got {tensor.shape[-1]}"
+    return None
+
+
+@dispatch.register(OP, "triton", _triton_why_not)
+def _triton(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    from stepcredit.kernels import tree_attention as kernel
+
+    return kernel.launch(*tensors, **options)
 
 
 @torch.library.custom_op("stepcredit::tree_attention", mutates_args=())
@@ -83,8 +103,8 @@ def tree_attention(
         scale: factor on q @ k, default 1 / sqrt(D).
         softcap: bound of the scores through tanh (Gemma-2); None switches it off.
         window: a token sees keys fewer than `window` positions back on its path, itself included; None: all of them.
-        impl: "cpu", "flex" (torch's FlexAttention; on a CPU for tests alone) or "reference"; None picks the first of
-            them that can run.
+        impl: "triton", "cpu", "flex" (torch's FlexAttention; on a CPU for tests alone) or "reference"; None picks the
+            first of them that can run.
 
     Returns:
         out [T, Hq, D], contiguous, dtype of q.

@@ -1,0 +1,88 @@
+"""Every configuration that a Triton kernel may be launched with. Importing this does not import Triton.
+
+The tests compile each of them ahead of time for sm_80, sm_90 and sm_100. Sizes were chosen to fit there without
+spilling registers; none was measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a kernel is compiled and launched.
+
+    Attributes:
+        kernel: stem of the file and of the op.
+        dtype: of the op's floating inputs.
+        blocks: block sizes, by the name of the kernel's constexpr.
+        num_warps: warps of a program.
+        num_stages: tiles in flight in software-pipelined loops.
+        max_registers: of a thread. Stated where ptxas, left alone, would spill a few to fit one more program.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        """Keyword arguments of the launch. Fusion into fma is stated because Triton's default changes."""
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }
+
+
+def _by_dtype(
+    kernel: str, dtypes: tuple[torch.dtype, ...], blocks: dict[str, int], num_warps: int
+) -> dict[torch.dtype, Config]:
+    return {dtype: Config(kernel, dtype, blocks, num_warps) for dtype in dtypes}
+
+
+MASKED_ADVANTAGES = _by_dtype("masked_advantages", (torch.float32, torch.float64), {"BLOCK": 512}, 4)
+#: Answers are short and steps have a handful of branches: a warp holds them all.
+INFORMATION_GAIN = _by_dtype("information_gain", (torch.float32, torch.float64), {"BRANCHES": 8, "TOKENS": 16}, 1)
+
+
+def _attention(dtype: torch.dtype, rows: int, keys: int, padded: int, num_warps: int, num_stages: int) -> Config:
+    return Config("tree_attention", dtype, {"ROWS": rows, "KEYS": keys, "PADDED": padded}, num_warps, num_stages, 255)
+
+
+#: By dtype, then by head size from the smallest; a head is padded with zeros to the next one.
+TREE_ATTENTION = {
+    torch.float32: (
+        _attention(torch.float32, 64, 16, 64, 8, 2),
+        _attention(torch.float32, 32, 16, 128, 8, 2),
+        _attention(torch.float32, 16, 16, 256, 8, 2),
+    ),
+    **{
+        dtype: (
+            _attention(dtype, 128, 64, 64, 8, 3),
+            _attention(dtype, 128, 32, 128, 8, 3),
+            _attention(dtype, 64, 16, 256, 8, 2),
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+    },
+}
+
+
+def tree_attention(dtype: torch.dtype, width: int) -> Config:
+    """For heads of this width, at most 256."""
+    return next(config for config in TREE_ATTENTION[dtype] if width <= config.blocks["PADDED"])
+
+
+ALL = (
+    *MASKED_ADVANTAGES.values(),
+    *INFORMATION_GAIN.values(),
+    *(config for by_size in TREE_ATTENTION.values() for config in by_size),
+)
