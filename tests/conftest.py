@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 # Nothing may reach for a hub; the setting is read when the libraries are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Read when Triton is imported: kernels run on the CPU, interpreted, where a test names impl="triton".
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read when Triton is imported: without a GPU kernels run on the CPU, interpreted, where a test names impl="triton".
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
