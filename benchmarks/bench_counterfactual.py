@@ -264,7 +264,7 @@ def ways(shape: str, dtype: torch.dtype) -> dict[str, Way]:
 
 
 @pytest.mark.parametrize("mode", ["unfolded", "folded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES["counterfactual"])
 def test_counterfactual(benchmark: Any, shape: str, dtype: torch.dtype, mode: str) -> None:
     if shape != "small":

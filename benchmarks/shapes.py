@@ -5,7 +5,7 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
     "counterfactual": {
         "small": {"searches": 1, "random": 2, "passage": 30, "rollouts": 3},
         **{
-            f"{s} searches, {n} random, {p} tokens": {"searches": s, "random": n, "passage": p, "rollouts": 5}
+            f"{s}-searches-{n}-random-{p}-tokens": {"searches": s, "random": n, "passage": p, "rollouts": 5}
             for p in (150, 450)
             for s in (1, 3, 5)
             for n in (1, 3, 8)
