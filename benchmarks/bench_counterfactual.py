@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -165,33 +165,22 @@ def padded(rows: list[list[int]], width: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def separate(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
+def separate(
+    data: RolloutBatch, gains: StepGains, scorer: PolicyScorer, *, trim: bool = False
+) -> tuple[torch.Tensor, int]:
+    """`separate`, and with `trim` `trimmed`."""
     answer = scorer.encode(" " + data.rollouts[0].question.answers[0])
     groups = contexts(data, gains)
-    width = len(answer) + max(len(row) for _, _, rows in groups for row in rows)
+    widest = max(len(row) for _, _, rows in groups for row in rows)
     scores, forwarded = [], 0
     for rollout, _, rows in groups:
         if rollout:
             continue
+        width = len(answer) + (max(map(len, rows)) if trim else widest)
         inputs = padded([row + answer for row in rows], width)
-        logits = scorer.model(**inputs, use_cache=False).logits
-        scores.append(_mean(logits[:, -len(answer) - 1 :], inputs["input_ids"][:, -len(answer) :]))
-        forwarded += inputs["input_ids"].numel()
-    return torch.stack(scores), forwarded
-
-
-@torch.no_grad()
-def trimmed(data: RolloutBatch, gains: StepGains, scorer: PolicyScorer) -> tuple[torch.Tensor, int]:
-    answer = scorer.encode(" " + data.rollouts[0].question.answers[0])
-    scores, forwarded = [], 0
-    for rollout, _, group in contexts(data, gains):
-        if rollout:
-            continue
-        rows = [context + answer for context in group]
-        inputs = padded(rows, max(map(len, rows)))
-        logits = scorer.model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1).logits
+        logits = scorer.model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1 if trim else 0).logits  # 0: all
         scores.append(_mean(logits, inputs["input_ids"][:, -len(answer) :]))
-        forwarded += sum(map(len, rows))
+        forwarded += int(inputs["attention_mask"].sum()) if trim else inputs["input_ids"].numel()
     return torch.stack(scores), forwarded
 
 
@@ -254,12 +243,13 @@ def ways(shape: str, dtype: torch.dtype) -> dict[str, Way]:
         "old_logprobs": measured(lambda: old_logprobs(data, scorer)),
         "both": measured(lambda: ours(temperature=1.0)),
     }
-    for way in (separate, trimmed, cached):
+    baselines = {"separate": separate, "trimmed": partial(separate, trim=True), "cached": cached}
+    for baseline, way in baselines.items():
         one = measured(lambda way=way: way(data, runs[0], scorer))
         for name in ("ours", "both"):  # a wrong result has no speed
             difference = float((found[name].scores[: size["searches"]] - one.scores).abs().max())
-            assert difference < TOLERANCE[dtype], f"{name} differs from {way.__name__} by {difference}"
-        found[way.__name__] = replace(one, seconds=one.seconds * size["rollouts"], tokens=one.tokens * size["rollouts"])
+            assert difference < TOLERANCE[dtype], f"{name} differs from {baseline} by {difference}"
+        found[baseline] = replace(one, seconds=one.seconds * size["rollouts"], tokens=one.tokens * size["rollouts"])
     return found
 
 

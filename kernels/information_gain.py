@@ -8,6 +8,7 @@ import triton.language as tl
 
 from stepcredit.kernels import configs
 from stepcredit.kernels._device import on_device
+from stepcredit.ops.information_gain import empty_result
 from stepcredit.reference import InformationGain
 
 
@@ -82,14 +83,7 @@ def launch(
 ) -> InformationGain:
     """The op, for checked arguments: float32 or float64, computed in float64."""
     steps = cu_steps.numel() - 1
-    out = InformationGain(
-        gain=logprobs.new_empty(steps),
-        real=logprobs.new_empty(steps),
-        baseline=logprobs.new_empty(steps),
-        scored=logprobs.new_empty(steps, dtype=torch.bool),
-        scores=logprobs.new_empty(cu_branches.numel() - 1),
-        best_variant=logprobs.new_empty(steps, dtype=torch.int64),
-    )
+    out = empty_result(logprobs, cu_branches, cu_steps)
     if steps:
         inputs = (t.contiguous() for t in (logprobs, cu_branches, cu_variants, cu_steps))
         with on_device(logprobs):

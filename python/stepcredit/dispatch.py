@@ -8,6 +8,7 @@ catches an exception of a kernel.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -105,6 +106,15 @@ def triton(*dtypes: torch.dtype) -> WhyNot:
     """Guard of a Triton kernel: Triton is installed, tensors are on a GPU and floating ones of a served dtype; with
     TRITON_INTERPRET=1 in the environment also on the CPU, where Triton interprets the kernel."""
     return partial(_why_not_triton, dtypes)
+
+
+def triton_kernel(op: str) -> Callable[..., Any]:
+    """The launcher of an op's Triton kernel, imported, and Triton with it, when it is first called."""
+
+    def launch(*tensors: torch.Tensor, **options: Any) -> Any:
+        return importlib.import_module(f"stepcredit.kernels.{op}").launch(*tensors, **options)
+
+    return launch
 
 
 def _why_not_triton(dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from stepcredit import dispatch, reference
@@ -12,6 +10,19 @@ from stepcredit.reference import InformationGain
 
 OP = "information_gain"
 dispatch.register(OP, "reference", dispatch.always)(reference.information_gain)
+
+
+def empty_result(logprobs: torch.Tensor, cu_branches: torch.Tensor, cu_steps: torch.Tensor) -> InformationGain:
+    """For an implementation to fill."""
+    steps = cu_steps.shape[0] - 1
+    return InformationGain(
+        gain=logprobs.new_empty(steps),
+        real=logprobs.new_empty(steps),
+        baseline=logprobs.new_empty(steps),
+        scored=logprobs.new_empty(steps, dtype=torch.bool),
+        scores=logprobs.new_empty(cu_branches.shape[0] - 1),
+        best_variant=logprobs.new_empty(steps, dtype=torch.int64),
+    )
 
 
 @dispatch.register(OP, "cpu", dispatch.native(torch.float32, torch.float64))
@@ -31,14 +42,7 @@ def _cpu(
         t.contiguous() for t in (logprobs, cu_branches, cu_variants, cu_steps)
     )
     branches, variants, steps = (t.numel() - 1 for t in (cu_branches, cu_variants, cu_steps))
-    out = InformationGain(
-        gain=logprobs.new_empty(steps),
-        real=logprobs.new_empty(steps),
-        baseline=logprobs.new_empty(steps),
-        scored=torch.empty(steps, dtype=torch.bool),
-        scores=logprobs.new_empty(branches),
-        best_variant=torch.empty(steps, dtype=torch.int64),
-    )
+    out = empty_result(logprobs, cu_branches, cu_steps)
     kernel(
         logprobs=logprobs.data_ptr(),
         cu_branches=cu_branches.data_ptr(),
@@ -55,11 +59,7 @@ def _cpu(
     return out
 
 
-@dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))
-def _triton(*tensors: torch.Tensor, **options: Any) -> InformationGain:
-    from stepcredit.kernels import information_gain as kernel
-
-    return kernel.launch(*tensors, **options)
+dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))(dispatch.triton_kernel(OP))
 
 
 @torch.library.custom_op("stepcredit::information_gain", mutates_args=())
@@ -87,15 +87,7 @@ def _op(
 def _(
     logprobs: torch.Tensor, cu_branches: torch.Tensor, cu_variants: torch.Tensor, cu_steps: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, ...]:
-    steps = (cu_steps.shape[0] - 1,)
-    return (
-        logprobs.new_empty(steps),
-        logprobs.new_empty(steps),
-        logprobs.new_empty(steps),
-        logprobs.new_empty(steps, dtype=torch.bool),
-        logprobs.new_empty(cu_branches.shape[0] - 1),
-        logprobs.new_empty(steps, dtype=torch.int64),
-    )
+    return tuple(empty_result(logprobs, cu_branches, cu_steps))
 
 
 def information_gain(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -62,11 +62,7 @@ def _native(
     return advantages
 
 
-@dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))
-def _triton(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-    from stepcredit.kernels import masked_advantages as kernel
-
-    return kernel.launch(*tensors, **options)
+dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))(dispatch.triton_kernel(OP))
 
 
 def _check_steps(cu_seqlens: torch.Tensor, step_ids: torch.Tensor, steps: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -41,11 +40,7 @@ def _triton_why_not(*tensors: torch.Tensor) -> str | None:
     return None
 
 
-@dispatch.register(OP, "triton", _triton_why_not)
-def _triton(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-    from stepcredit.kernels import tree_attention as kernel
-
-    return kernel.launch(*tensors, **options)
+dispatch.register(OP, "triton", _triton_why_not)(dispatch.triton_kernel(OP))
 
 
 @torch.library.custom_op("stepcredit::tree_attention", mutates_args=())
