@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 
 import pytest
@@ -7,6 +8,8 @@ from stepcredit.rollout import Question
 
 TWO_HOP = Question(id="q2", text="Currency where Lyon lies?", answers=("Euro", "EUR"), plan=("Lyon", "France"))
 ONE_HOP = Question(id="q1", text="Capital of France?", answers=("Paris",), plan=("France",))
+NO_PLAN = Question(id="q3", text="Which river of France flows through the city of Lyon?", answers=("Rhône",))
+ZERO = {"question": 0.0, "one_hop": 0.0, "repeat": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,7 @@ ONE_HOP = Question(id="q1", text="Capital of France?", answers=("Paris",), plan=
     ],
 )
 def test_scripts(question, quality, queries):
-    script = demonstrate(question, quality)
+    script = demonstrate(question, quality, random.Random(0))
     assert script.queries == queries
     assert script.answer == question.answers[0]
     assert (script.question, script.quality) == (question, quality)
@@ -53,6 +56,22 @@ def test_pure_mix_is_pure():
     assert {s.quality for s in demonstrations([TWO_HOP] * 50, mix)} == {"repeat"}
 
 
+def test_fragments_are_pieces_of_the_question_and_need_no_plan():
+    mix = DemonstrationMix(**ZERO, good=0.0, fragments=1.0)
+    assert not mix.needs_plan
+    scripts = demonstrations([NO_PLAN] * 200, mix)
+    words = NO_PLAN.text.rstrip("?").split()
+    pieces = {" ".join(words[a : a + n]) for n in range(3, 7) for a in range(len(words) - n + 1)}
+    assert {s.quality for s in scripts} == {"fragments"}
+    assert {query for s in scripts for query in s.queries} == pieces  # all lengths, from the first word to the last
+    assert {len(s.queries) for s in scripts} == {2}
+    assert demonstrations([NO_PLAN] * 200, mix) == scripts != demonstrations([NO_PLAN] * 200, mix, seed=1)
+    (short,) = demonstrations([Question(id="q4", text="Who knows?", answers=("a",))], mix)
+    assert short.queries == ("Who knows", "Who knows")
+    assert DemonstrationMix(**{**ZERO, "question": 0.5}, good=0.0, fragments=0.5).needs_plan is False
+    assert DemonstrationMix().needs_plan
+
+
 def test_bad_mixes_are_named():
     with pytest.raises(ValueError, match=r"must sum to 1, got 1\.1"):
         DemonstrationMix(good=0.5)
@@ -64,6 +83,8 @@ def test_bad_mixes_are_named():
 
 def test_bad_questions_and_qualities_are_named():
     with pytest.raises(ValueError, match="question 'q3' has no plan"):
-        demonstrations([TWO_HOP, Question(id="q3", text="t", answers=("a",))])
-    with pytest.raises(ValueError, match="quality is 'goood', expected one of good, question, one_hop, repeat"):
-        demonstrate(TWO_HOP, "goood")
+        demonstrations([TWO_HOP, NO_PLAN], DemonstrationMix(**ZERO, good=1.0))
+    with pytest.raises(
+        ValueError, match="quality is 'goood', expected one of good, question, one_hop, repeat, fragments"
+    ):
+        demonstrate(TWO_HOP, "goood", random.Random(0))

@@ -36,8 +36,12 @@ def environment(retriever=None, **kwargs):
     return SearchEnvironment(retriever or Echo(), PROTOCOL, **kwargs)
 
 
+def executed(count):
+    return [Search(step, "x", (f"x{step}",)) for step in range(count)]
+
+
 def one(env, turn, searches=0, faults=0, forced=False):
-    return env.respond([turn], [searches], [faults], [forced])[0]
+    return env.respond([turn], [executed(searches)], [faults], [forced])[0]
 
 
 def test_one_batched_call_serves_all_rollouts():
@@ -45,7 +49,7 @@ def test_one_batched_call_serves_all_rollouts():
     paris = PROTOCOL.parse_turn("<search>paris</search>")
     turns = [SEARCH, ANSWER, paris, INVALID, EMPTY, SEARCH]
     env = environment(echo, top_k=2, max_searches=3)
-    responses = env.respond(turns, [0, 0, 1, 0, 0, 3], [0] * 6, [False] * 6)
+    responses = env.respond(turns, [executed(n) for n in (0, 0, 1, 0, 0, 3)], [0] * 6, [False] * 6)
     assert echo.calls == [(["lyon", "paris"], 2)]
     assert responses[0] == Response(
         "\n<documents>\nLyon: about lyon one two three\nLyon: about lyon one two three\n</documents>\n",
@@ -61,7 +65,7 @@ def test_one_batched_call_serves_all_rollouts():
 
 def test_no_call_without_a_query():
     echo = Echo()
-    environment(echo).respond([ANSWER, INVALID, EMPTY], [0] * 3, [0] * 3, [False] * 3)
+    environment(echo).respond([ANSWER, INVALID, EMPTY], [[]] * 3, [0] * 3, [False] * 3)
     assert environment(echo).respond([], [], [], []) == []
     assert echo.calls == []
 
@@ -104,7 +108,7 @@ def test_an_empty_answer_ends_the_rollout_and_is_counted():
 def test_failed_retrieval_is_said_counted_and_survived():
     env = environment(Echo(fail=True), max_searches=2)
     with pytest.warns(UserWarning, match=r"retrieval of 2 queries failed: ConnectionError\('no route'\)"):
-        responses = env.respond([SEARCH, ANSWER, SEARCH], [0, 0, 1], [0] * 3, [False] * 3)
+        responses = env.respond([SEARCH, ANSWER, SEARCH], [[], [], executed(1)], [0] * 3, [False] * 3)
     assert responses[0] == Response(
         PROTOCOL.failed_notice,
         SpanKind.NOTICE,
@@ -129,6 +133,29 @@ def test_passages_are_cut_to_words():
     assert one(environment(passage_words=5), SEARCH).counts == {}
 
 
+def test_passages_shown_before_are_skipped_and_counted():
+    """Rollouts of one call need not have been shown the same; what a search was shown stays shown, failed or not."""
+    echo = Echo()
+    searches = [[], [Search(0, "lyon", ("lyon0", "lyon2"))], [Search(0, "x", ("x0",)), Search(1, "y", ())]]
+    env = environment(echo, top_k=2, skip_shown=True)
+    responses = env.respond([SEARCH] * 3, searches, [0] * 3, [False] * 3)
+    assert echo.calls == [(["lyon"] * 3, 4)]
+    assert [r.search.passage_ids for r in responses] == [("lyon0", "lyon1"), ("lyon1", "lyon3"), ("lyon0", "lyon1")]
+    assert [r.counts for r in responses] == [{}, {"skipped_passages": 2}, {}]
+
+    echo = Echo()
+    assert environment(echo, top_k=2).respond([SEARCH], searches[1:2], [0], [False])[0].counts == {}
+    assert echo.calls == [(["lyon"], 2)]
+
+    class One:
+        def search(self, queries, k):
+            return Hits(np.ones((1, 1), np.float32), [["lyon0"]], [[Passage("lyon0", "t", "x")]])
+
+    (nothing,) = environment(One(), top_k=1, skip_shown=True).respond([SEARCH], searches[1:2], [0], [False])
+    assert nothing.search == Search(1, "lyon", ())
+    assert nothing.counts == {"empty_results": 1, "skipped_passages": 1}
+
+
 def test_a_long_title_is_cut_and_counted():
     class Titled:
         def search(self, queries, k):
@@ -146,7 +173,7 @@ def test_a_retriever_that_loses_queries_is_an_error():
             return Hits(np.ones((1, 1), np.float32), [["a"]], [[Passage("a", "t", "x")]])
 
     with pytest.raises(ValueError, match="returned 1 rows of passages for 2 queries"):
-        environment(Short()).respond([SEARCH, SEARCH], [0, 0], [0, 0], [False, False])
+        environment(Short()).respond([SEARCH, SEARCH], [[], []], [0, 0], [False, False])
 
 
 @pytest.mark.parametrize(
@@ -165,4 +192,4 @@ def test_bad_settings(kwargs, message):
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="one length, got 1, 2, 1, 1"):
-        environment().respond([SEARCH], [0, 0], [0], [False])
+        environment().respond([SEARCH], [[], []], [0], [False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -54,17 +55,27 @@ def test_logits_are_those_of_the_model(family, changes):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral", "mixtral"])
 def test_the_last_layer_runs_only_for_rows_that_are_read(family):
     batch, policy = make(family, **(GEMMA2 if family == "gemma2" else {}))
-    last = policy.model.model.layers[-1]
-    seen = []
-    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel() // 32))
-             for module in (last.mlp, policy.model.model.layers[0].mlp)]  # fmt: skip
+    first, last = policy.model.model.layers[0], policy.model.model.layers[-1]
+    attention = last.self_attn
+    watched = {"first": first.mlp, "mlp": last.mlp, "output": attention.o_proj}
+    if family != "phi3":  # whose queries, keys and values are one projection
+        watched["queries"] = attention.q_proj
+    rows = dict.fromkeys(watched, 0)
+
+    def count(name, module, args):
+        rows[name] += args[0].shape[:-1].numel()
+
+    hooks = [module.register_forward_pre_hook(partial(count, name)) for name, module in watched.items()]
     gains = score_steps(batch, policy)
     for hook in hooks:
         hook.remove()
-    tokens = sum(gains.tokens_forwarded.values())
-    whole, read = seen
-    assert whole == tokens
-    assert read < tokens / 4
+    assert rows.pop("first") == sum(gains.tokens_forwarded.values())
+    read = rows["mlp"]
+    assert read < sum(gains.tokens_forwarded.values()) / 4
+    assert rows.pop("queries", read + 1) == read + 1  # and the one that stands for all in the run for keys and values
+    assert set(rows.values()) == {read}
+    assert not attention.o_proj._forward_pre_hooks
+    assert family == "phi3" or not (attention.q_proj._forward_pre_hooks or attention.q_proj._forward_hooks)
     assert not last._forward_pre_hooks
 
 

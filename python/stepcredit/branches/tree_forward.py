@@ -91,8 +91,8 @@ def _attention(
 
 def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-forward hook of the last layer: it is run once for the keys and values of all tokens, up to there, and then
-    goes on with the rows that are read: its output projection and MLP never see another row. A layer with inputs that
-    are not known here is left alone."""
+    goes on with the rows that are read: its query and output projections and its MLP never see another row (a query
+    projection fused with those of keys and values does). A layer with inputs that are not known here is left alone."""
     known = {"hidden_states", "position_embeddings", "position_ids"}
     per_token = {name: value for name, value in kwargs.items() if name in known and value is not None}
     others = [value for name, value in kwargs.items() if name not in known | {"attention_mask"}]
@@ -101,12 +101,17 @@ def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs
     if any(tensor.shape[:2] != (1, carrier.layout.num_tokens) for tensor in _tensors([*args, *per_token.values()])):
         return None
     carrier.capture = True
+    queries = [m for name, m in module.named_modules() if name.rpartition(".")[2] == "q_proj"]
+    hooks = [m.register_forward_pre_hook(_first_token) for m in queries]
+    hooks += [m.register_forward_hook(partial(_for_all_tokens, carrier.layout.num_tokens)) for m in queries]
     try:
         module.forward(*args, **kwargs)
     except _Captured:
         pass
     finally:
         carrier.capture = False
+        for hook in hooks:
+            hook.remove()
     if carrier.kept is None:
         return None
 
@@ -114,6 +119,15 @@ def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs
         return tuple(map(select, value)) if isinstance(value, tuple) else value[:, carrier.rows]
 
     return select(args), {**kwargs, **{name: select(value) for name, value in per_token.items()}}
+
+
+# Nobody reads the queries of the run for keys and values: one is computed, for the shape that the layer expects.
+def _first_token(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0][:, :1], *args[1:])
+
+
+def _for_all_tokens(count: int, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.expand(-1, count, -1)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

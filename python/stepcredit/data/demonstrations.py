@@ -20,17 +20,21 @@ from stepcredit.rollout import Question
 class DemonstrationMix:
     """Shares of the demonstrations by quality; they must sum to 1.
 
+    "question" and "fragments" are cut from the question itself; the others need its plan.
+
     Attributes:
         good: the question's plan, every query in order.
         question: one search, for the question's own text.
         one_hop: the plan's first query only. A plan of one query has no later hop to leave out and stays good.
         repeat: the plan's first query twice.
+        fragments: two searches, each for three to six neighbouring words of the question.
     """
 
     good: float = 0.4
     question: float = 0.2
     one_hop: float = 0.2
     repeat: float = 0.2
+    fragments: float = 0.0
 
     def __post_init__(self) -> None:
         for share in fields(self):
@@ -38,6 +42,11 @@ class DemonstrationMix:
                 raise ValueError(f"{share.name} must lie in [0, 1], got {getattr(self, share.name)}")
         if abs(sum(astuple(self)) - 1) > 1e-6:
             raise ValueError(f"the shares must sum to 1, got {sum(astuple(self)):g}: {self}")
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether a quality that needs the question's plan has a share."""
+        return self.good + self.one_hop + self.repeat > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +66,30 @@ class Demonstration:
     answer: str
 
 
-def demonstrate(question: Question, quality: str) -> Demonstration:
-    """The script of one quality. ValueError for an unknown quality, or a question without a plan."""
+def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:
+    """The script of one quality; `rng` draws the fragments. ValueError for an unknown quality, or one that needs a
+    plan where the question has none."""
     plan = question.plan
-    if not plan:
-        raise ValueError(f"question {question.id!r} has no plan, so it cannot be demonstrated")
-    scripts = {"good": plan, "question": (question.text,), "one_hop": plan[:1], "repeat": plan[:1] * 2}
+    scripts: dict[str, tuple[str, ...]] = {
+        "good": plan,
+        "question": (question.text,),
+        "one_hop": plan[:1],
+        "repeat": plan[:1] * 2,
+        "fragments": (_fragment(question.text, rng), _fragment(question.text, rng)),
+    }
     if quality not in scripts:
         raise ValueError(f"quality is {quality!r}, expected one of {', '.join(scripts)}")
+    if not scripts[quality]:
+        raise ValueError(f"question {question.id!r} has no plan, so it cannot be demonstrated as {quality!r}")
     return Demonstration(question=question, quality=quality, queries=scripts[quality], answer=question.answers[0])
+
+
+def _fragment(text: str, rng: random.Random) -> str:
+    """Three to six neighbouring words of the text, without the question mark; all of a shorter one."""
+    words = text.rstrip("? ").split()
+    count = min(rng.randint(3, 6), len(words))
+    start = rng.randint(0, len(words) - count)
+    return " ".join(words[start : start + count])
 
 
 def demonstrations(
@@ -78,8 +102,9 @@ def demonstrations(
     bounds = list(accumulate(astuple(mix or DemonstrationMix())))[:-1]
     names = [share.name for share in fields(DemonstrationMix)]
     ranks = list(range(len(questions)))
-    random.Random(seed).shuffle(ranks)
+    rng = random.Random(seed)
+    rng.shuffle(ranks)
     return [
-        demonstrate(question, names[bisect(bounds, (rank + 0.5) / len(questions))])
+        demonstrate(question, names[bisect(bounds, (rank + 0.5) / len(questions))], rng)
         for question, rank in zip(questions, ranks, strict=True)
     ]

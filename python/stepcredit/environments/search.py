@@ -27,7 +27,8 @@ class Response:
         done: the rollout ends here; nothing is appended.
         fault: the turn was a fault (see `SearchEnvironment`).
         counts: what happened, by name: "invalid_turns", "empty_queries", "failed_retrievals", "empty_results",
-            "empty_answers", "excess_searches", "forced_answers", "cut_passages" (passages that lost words).
+            "empty_answers", "excess_searches", "forced_answers", "cut_passages" (passages that lost words),
+            "skipped_passages" (left out for having been shown before).
     """
 
     text: str = ""
@@ -56,6 +57,8 @@ class SearchEnvironment:
         passage_words: cut titles and texts of passages to this many words each; None leaves them whole.
         force_answer: open the answer when searches or faults are used up; where False the rollout then ends.
         max_invalid: faults that are answered with a notice only.
+        skip_shown: leave out the passages that the rollout was shown by an earlier search, and show the next best, so
+            that a search repeated is not a search wasted.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class SearchEnvironment:
         passage_words: int | None = None,
         force_answer: bool = True,
         max_invalid: int = 1,
+        skip_shown: bool = False,
     ) -> None:
         self.retriever = retriever
         self.protocol = protocol
@@ -76,16 +80,21 @@ class SearchEnvironment:
         self.passage_words = passage_words
         self.force_answer = force_answer
         self.max_invalid = max_invalid
+        self.skip_shown = skip_shown
         at_least(self, "", top_k=1, max_searches=0, passage_words=1, max_invalid=0)
 
     def respond(
-        self, turns: Sequence[Turn], searches: Sequence[int], faults: Sequence[int], forced: Sequence[bool]
+        self,
+        turns: Sequence[Turn],
+        searches: Sequence[Sequence[Search]],
+        faults: Sequence[int],
+        forced: Sequence[bool],
     ) -> list[Response]:
         """Reply to one turn of each active rollout.
 
         Args:
             turns: N parsed turns.
-            searches: N numbers of searches executed so far (the next step's number).
+            searches: N lists of the searches executed so far.
             faults: N numbers of faults so far.
             forced: N flags, whether this turn followed a forced answer opener.
 
@@ -100,14 +109,15 @@ class SearchEnvironment:
         asked = [
             i
             for i, turn in enumerate(turns)
-            if turn.action == "search" and turn.content and searches[i] < self.max_searches
+            if turn.action == "search" and turn.content and len(searches[i]) < self.max_searches
         ]
-        hits, failure = self._retrieve([turns[i].content for i in asked])
+        shown = [{p for search in searches[i] for p in search.passage_ids} if self.skip_shown else set() for i in asked]
+        hits, failure = self._retrieve([turns[i].content for i in asked], shown)
         found = dict(zip(asked, hits, strict=True))
         responses = []
         for i, turn in enumerate(turns):
             if i in found:
-                responses.append(self._searched(turn.content, searches[i], found[i], failure))
+                responses.append(self._searched(turn.content, len(searches[i]), *found[i], failure))
             elif turn.action == "answer":
                 responses.append(Response(done=True, counts={} if turn.content else {"empty_answers": 1}))
             elif turn.action == "invalid":
@@ -118,20 +128,25 @@ class SearchEnvironment:
                 responses.append(self._fault("excess_searches", self.protocol.exhausted_notice, faults[i], forced[i]))
         return responses
 
-    def _retrieve(self, queries: list[str]) -> tuple[list[list[Passage]], bool]:
-        """The passages of each query, and whether retrieval failed (then all are empty)."""
+    def _retrieve(self, queries: list[str], shown: list[set[str]]) -> tuple[list[tuple[list[Passage], int]], bool]:
+        """For each query its passages and how many better ones were skipped, as they are among those `shown`; and
+        whether retrieval failed (then there are none)."""
         if not queries:
             return [], False
         try:
-            hits: Hits = self.retriever.search(queries, self.top_k)
+            hits: Hits = self.retriever.search(queries, self.top_k + max(map(len, shown)))
         except Exception as error:  # whatever a backend raises; a lost search must not lose the other rollouts
             warnings.warn(f"retrieval of {len(queries)} queries failed: {error!r}", stacklevel=3)
-            return [[] for _ in queries], True
+            return [([], 0) for _ in queries], True
         if len(hits.passages) != len(queries):
             raise ValueError(f"retriever returned {len(hits.passages)} rows of passages for {len(queries)} queries")
-        return [list(row) for row in hits.passages], False
+        found = []
+        for row, known in zip(hits.passages, shown, strict=True):
+            new = [rank for rank, passage in enumerate(row) if passage.id not in known][: self.top_k]
+            found.append(([row[rank] for rank in new], new[-1] + 1 - len(new) if new else len(row)))
+        return found, False
 
-    def _searched(self, query: str, step: int, passages: list[Passage], failed: bool) -> Response:
+    def _searched(self, query: str, step: int, passages: list[Passage], skipped: int, failed: bool) -> Response:
         if failed:
             text, kind, counts = self.protocol.failed_notice, SpanKind.NOTICE, {"failed_retrievals": 1}
         else:
@@ -140,6 +155,8 @@ class SearchEnvironment:
             counts = {} if passages else {"empty_results": 1}
             if cut := sum(was_cut for _, was_cut in shown):
                 counts["cut_passages"] = cut
+            if skipped:
+                counts["skipped_passages"] = skipped
         forced = self.force_answer and step + 1 >= self.max_searches
         if forced:
             counts["forced_answers"] = 1

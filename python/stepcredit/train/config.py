@@ -80,6 +80,7 @@ class EnvironmentConfig:
         passage_words: passages are cut to this many words; none leaves them whole.
         force_answer: open the answer for the policy when its searches are used up; otherwise the rollout ends there.
         max_invalid: invalid turns answered with a notice before the answer is forced.
+        skip_shown: a search shows the best passages that its rollout was not shown before.
     """
 
     protocol: str = "search_r1"
@@ -89,6 +90,7 @@ class EnvironmentConfig:
     passage_words: int | None = None
     force_answer: bool = True
     max_invalid: int = 1
+    skip_shown: bool = False
 
     def __post_init__(self) -> None:
         choices(self, "environment.")

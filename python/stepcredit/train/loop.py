@@ -148,7 +148,7 @@ def train_step(
 def warm_start(config: TrainConfig, parts: Parts, state: State, log: MetricsLog) -> None:
     """Supervised steps on demonstrations of training questions; afterwards the optimizer starts afresh."""
     settings = config.warm_start
-    questions = [q for q in parts.dataset.train if q.plan]
+    questions = [q for q in parts.dataset.train if q.plan or not settings.mix.needs_plan]
     count = settings.steps * settings.batch
     if count and not questions:
         raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")

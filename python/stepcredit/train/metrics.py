@@ -20,7 +20,7 @@ GLOSSARY: dict[str, str] = {
     "phase": 'what the line is about: "data" (once, first), "warm_start", "evaluation" or "grpo"',
     "data_passages": "passages of the corpus",
     "data_train, data_dev, data_test": "questions of each split",
-    "data_without_plan": "training questions that cannot be demonstrated in the warm start: they have no plan",
+    "data_without_plan": "training questions without a plan, which a warm start that needs plans leaves out",
     "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test",
     "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
     "when": 'of an evaluation: "before" or "after" the GRPO steps',
@@ -41,7 +41,7 @@ GLOSSARY: dict[str, str] = {
     "searches": "executed searches per rollout",
     "count_<name>": "events over all rollouts: invalid_turns, empty_queries, empty_answers, forged_tags (environment "
     "tags typed by the policy), failed_retrievals, empty_results, excess_searches, forced_answers, cut_passages "
-    "(passages that lost words)",
+    "(passages that lost words), skipped_passages (left out as the rollout had been shown them)",
     "policy_tokens": "tokens the policy wrote, per rollout",
     "length": "tokens per rollout, prompt and environment included",
     "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",

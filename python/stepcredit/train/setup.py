@@ -80,6 +80,7 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
         passage_words=config.environment.passage_words,
         force_answer=config.environment.force_answer,
         max_invalid=config.environment.max_invalid,
+        skip_shown=config.environment.skip_shown,
     )
     engine = HFEngine(
         model,

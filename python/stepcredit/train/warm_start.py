@@ -58,7 +58,7 @@ def play(
                 turns.append(turn)
         responses = environment.respond(
             turns,
-            [len(s.transcript.searches) for s in running],
+            [s.transcript.searches for s in running],
             [s.faults for s in running],
             [s.forced for s in running],
         )

@@ -240,7 +240,7 @@ class HFEngine:
         asking = [(row, turn) for row, turn in zip(rows, turns, strict=True) if not row.full]
         responses = environment.respond(
             [turn for _, turn in asking],
-            [len(row.transcript.searches) for row, _ in asking],
+            [row.transcript.searches for row, _ in asking],
             [row.faults for row, _ in asking],
             [row.forced for row, _ in asking],
         )
