@@ -102,7 +102,7 @@ def _trim(carrier: _Pass, module: torch.nn.Module, args: tuple[Any, ...], kwargs
         return None
     carrier.capture = True
     queries = [m for name, m in module.named_modules() if name.rpartition(".")[2] == "q_proj"]
-    hooks = [m.register_forward_pre_hook(_first_token) for m in queries]
+    hooks = [m.register_forward_pre_hook(_first_token, prepend=True) for m in queries]
     hooks += [m.register_forward_hook(partial(_for_all_tokens, carrier.layout.num_tokens)) for m in queries]
     try:
         module.forward(*args, **kwargs)
