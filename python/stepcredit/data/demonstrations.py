@@ -20,20 +20,22 @@ from stepcredit.rollout import Question
 class DemonstrationMix:
     """Shares of the demonstrations by quality; they must sum to 1.
 
-    "question" and "fragments" are cut from the question itself; the others need its plan.
+    "question", "fragment" and "fragments" are cut from the question itself; the others need its plan.
 
     Attributes:
         good: the question's plan, every query in order.
         question: one search, for the question's own text.
         one_hop: the plan's first query only. A plan of one query has no later hop to leave out and stays good.
         repeat: the plan's first query twice.
-        fragments: two searches, each for three to six neighbouring words of the question.
+        fragment: one search, for three to six neighbouring words of the question.
+        fragments: two searches of that kind.
     """
 
     good: float = 0.4
     question: float = 0.2
     one_hop: float = 0.2
     repeat: float = 0.2
+    fragment: float = 0.0
     fragments: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,13 +71,14 @@ class Demonstration:
 def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:
     """The script of one quality; `rng` draws the fragments. ValueError for an unknown quality, or one that needs a
     plan where the question has none."""
-    plan = question.plan
+    plan, pieces = question.plan, (_fragment(question.text, rng), _fragment(question.text, rng))
     scripts: dict[str, tuple[str, ...]] = {
         "good": plan,
         "question": (question.text,),
         "one_hop": plan[:1],
         "repeat": plan[:1] * 2,
-        "fragments": (_fragment(question.text, rng), _fragment(question.text, rng)),
+        "fragment": pieces[:1],
+        "fragments": pieces,
     }
     if quality not in scripts:
         raise ValueError(f"quality is {quality!r}, expected one of {', '.join(scripts)}")
