@@ -20,22 +20,20 @@ from stepcredit.rollout import Question
 class DemonstrationMix:
     """Shares of the demonstrations by quality; they must sum to 1.
 
-    "question", "fragment" and "fragments" are cut from the question itself; the others need its plan.
+    "question" and "fragments" are cut from the question itself; the others need its plan.
 
     Attributes:
         good: the question's plan, every query in order.
         question: one search, for the question's own text.
         one_hop: the plan's first query only. A plan of one query has no later hop to leave out and stays good.
         repeat: the plan's first query twice.
-        fragment: one search, for three to six neighbouring words of the question.
-        fragments: two searches of that kind.
+        fragments: two searches, each for two to four neighbouring words of the question.
     """
 
     good: float = 0.4
     question: float = 0.2
     one_hop: float = 0.2
     repeat: float = 0.2
-    fragment: float = 0.0
     fragments: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,14 +69,13 @@ class Demonstration:
 def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:
     """The script of one quality; `rng` draws the fragments. ValueError for an unknown quality, or one that needs a
     plan where the question has none."""
-    plan, pieces = question.plan, (_fragment(question.text, rng), _fragment(question.text, rng))
+    plan = question.plan
     scripts: dict[str, tuple[str, ...]] = {
         "good": plan,
         "question": (question.text,),
         "one_hop": plan[:1],
         "repeat": plan[:1] * 2,
-        "fragment": pieces[:1],
-        "fragments": pieces,
+        "fragments": (_fragment(question.text, rng), _fragment(question.text, rng)),
     }
     if quality not in scripts:
         raise ValueError(f"quality is {quality!r}, expected one of {', '.join(scripts)}")
@@ -88,9 +85,9 @@ def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonst
 
 
 def _fragment(text: str, rng: random.Random) -> str:
-    """Three to six neighbouring words of the text, without the question mark; all of a shorter one."""
+    """Two to four neighbouring words of the text, without the question mark; all of a shorter one."""
     words = text.rstrip("? ").split()
-    count = min(rng.randint(3, 6), len(words))
+    count = min(rng.randint(2, 4), len(words))
     start = rng.randint(0, len(words) - count)
     return " ".join(words[start : start + count])
 

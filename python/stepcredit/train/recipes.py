@@ -54,17 +54,16 @@ def smollm2() -> TrainConfig:
         environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40, skip_shown=True),
         sampling=SamplingConfig(max_turn_tokens=48, max_answer_tokens=24),
         rewards=RewardWeights(f1=0.4, gold_hit=0.4, format=0.4),
-        # Not centred: the second search is worth learning, there is no third to pay for, and the answer is forced. At
-        # the usual alpha a step's bonus is a twentieth of the outcome's advantage here, and too little to see.
-        credit=IGSearch(alpha=1.0),
+        # At the usual alpha a step's bonus is a twentieth of the outcome's advantage here, and too little to see.
+        credit=IGSearch(center="batch", negative_scale=1.0, alpha=3.0),
         optimizer=OptimizerConfig(learning_rate=4e-5),
         warm_start=WarmStartConfig(
             steps=15,
             batch=8,
             learning_rate=1e-4,
-            # Pieces of the question, most of them in one search: titles of gold passages are not given away, and what
-            # to search for, and that a second search pays, is left to learn.
-            mix=DemonstrationMix(good=0.0, question=0.0, one_hop=0.0, repeat=0.0, fragment=0.75, fragments=0.25),
+            # Always two searches, so that the policy keeps to two, and titles of gold passages are not given away:
+            # what to search for is left to learn.
+            mix=DemonstrationMix(good=0.0, question=0.0, one_hop=0.0, repeat=0.0, fragments=1.0),
         ),
         evaluation=EvaluationConfig(questions=80),
     )
