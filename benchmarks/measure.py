@@ -14,6 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Rounds of a benchmark: as many as fit into this many seconds, baselines included, within these bounds.
 SECONDS = 0.5
 ROUNDS = (3, 100)
+#: A round longer than this, in seconds, is not repeated: it averages out by itself what shorter ones repeat for.
+LONG = 20.0
 
 
 def synchronised(function: Callable[[], object]) -> Callable[[], None]:
@@ -60,7 +62,8 @@ def interleave(benchmark: Any, ours: Callable[[], object], baselines: Mapping[st
         run()
     best = {name: seconds(run) for name, run in baselines.items()}
     fewest, most = ROUNDS
-    rounds = min(most, max(fewest, int(SECONDS / (sum(best.values()) + seconds(ours)))))
+    one = sum(best.values()) + seconds(ours)
+    rounds = 1 if one > LONG else min(most, max(fewest, int(SECONDS / one)))
 
     def between() -> None:
         for name, run in baselines.items():

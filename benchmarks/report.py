@@ -13,7 +13,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,18 @@ def device_name(dump: dict[str, Any]) -> str:
     return dump["machine_info"]["cpu"].get("brand_raw") or f"{platform.machine()} CPU"
 
 
+def drivers() -> dict[str, str]:
+    """What else decides how fast a GPU is: versions of its driver and of Triton, and the command. Nothing on a CPU."""
+    if DEVICE != "cuda":
+        return {}
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    found = shutil.which(query[0]) and subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    command = " ".join(["python -m benchmarks.report", *sys.argv[1:]])
+    return {"driver": found or "unknown", "triton": triton.__version__, "command": command}
+
+
 def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device.lower())).strip("-")
 
@@ -139,14 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"results measured under {name}={os.environ[name]} must not be kept: unset it or use --quick")
 
     # Before anything is written, which would make the checkout differ from its commit.
-    commit = (git("describe", "--always", "--dirty", "--exclude=*") or "unknown").strip()
+    commit = (
+        git("describe", "--always", "--dirty", "--exclude=*") or os.environ.get("STEPCREDIT_COMMIT", "unknown")
+    ).strip()
     failed = []
     for op in [options.op] if options.op else ops:
         dump = measure(op, quick=options.quick, only=options.only)
         if dump is None:
             failed.append(op)
             continue
-        conditions = {"op": op, "device": device_name(dump), "torch": torch.__version__}
+        conditions = {"op": op, "device": device_name(dump), **drivers(), "torch": torch.__version__}
         result: dict[str, Any] = {**conditions, "threads": torch.get_num_threads(), "rows": rows_of(dump, commit)}
         path = BENCHES / "results" / slug(result["device"]) / f"{op}.json"
         before = git("show", f"HEAD:./{path.relative_to(BENCHES).as_posix()}")

@@ -1,5 +1,7 @@
 """Every shape that is measured, by op and name. `small` is what `python -m benchmarks.report --quick` runs."""
 
+from benchmarks.measure import DEVICE
+
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
     # Searches a rollout, other passages a step, tokens of passages, rollouts of the group.
     "counterfactual": {
@@ -78,3 +80,34 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         },
     },
 }
+
+#: Sizes that only a GPU is asked for.
+GPU_SHAPES: dict[str, dict[str, dict[str, int]]] = {
+    # The heads of Qwen2.5-3B and 7B on the policy tokens of a batch.
+    "gather_logprobs": {
+        "qwen2.5-3b": {"rows": 8192, "width": 2048, "vocabulary": 151_936},
+        "qwen2.5-7b": {"rows": 8192, "width": 3584, "vocabulary": 152_064},
+    },
+    "masked_advantages": {"long": {"rollouts": 1024, "group": 8, "tokens": 2048, "searches": 3}},
+    "topk_search": {"wikipedia": {"queries": 64, "passages": 4_000_000, "width": 768, "k": 3}},
+    # A layer of Qwen2.5-3B over five rollouts of three searches.
+    "tree_attention": {
+        "qwen2.5-3b": {
+            "trees": 1,
+            "prompt": 150,
+            "rollouts": 5,
+            "rollout": 1350,
+            "searches": 3,
+            "counterfactuals": 3,
+            "leaf": 470,
+            "probe": 15,
+            "heads": 16,
+            "kv_heads": 2,
+            "width": 128,
+        },
+    },
+}
+
+if DEVICE == "cuda":
+    for op, more in GPU_SHAPES.items():
+        SHAPES[op] |= more

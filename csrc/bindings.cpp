@@ -30,6 +30,16 @@ void masked_advantages_cuda([[maybe_unused]] const stepcredit::MaskedAdvantagesP
 }
 
 template <typename Float>
+void information_gain_cuda([[maybe_unused]] const stepcredit::InformationGainParams<Float>& params,
+                           [[maybe_unused]] Pointer stream) {
+#ifdef STEPCREDIT_WITH_CUDA
+  stepcredit::information_gain_cuda(params, at<void>(stream));
+#else
+  throw std::runtime_error("stepcredit._C was built without CUDA");
+#endif
+}
+
+template <typename Float>
 void masked_advantages(Pointer rewards, Pointer groups, Pointer cu_seqlens, Pointer policy_mask, Pointer step_ids,
                        Pointer step_gains, Pointer advantages, Pointer query_lengths, int64_t num_rollouts,
                        int64_t num_tokens, int64_t num_steps, double alpha, double eps, int64_t ddof, bool scale_std,
@@ -65,12 +75,28 @@ template <typename Float>
 void information_gain(Pointer logprobs, Pointer cu_branches, Pointer cu_variants, Pointer cu_steps, Pointer gain,
                       Pointer real, Pointer baseline, Pointer scored, Pointer scores, Pointer best_variant,
                       int64_t num_branches, int64_t num_variants, int64_t num_steps, int64_t head_tokens,
-                      double head_weight, int threads) {
-  stepcredit::information_gain_cpu(stepcredit::InformationGainParams<Float>{
-      at<const Float>(logprobs), at<const int64_t>(cu_branches), at<const int64_t>(cu_variants),
-      at<const int64_t>(cu_steps), at<Float>(gain), at<Float>(real), at<Float>(baseline), at<uint8_t>(scored),
-      at<Float>(scores), at<int64_t>(best_variant), num_branches, num_variants, num_steps, head_tokens, head_weight,
-      threads});
+                      double head_weight, int threads, bool on_cuda, Pointer stream) {
+  const stepcredit::InformationGainParams<Float> params{at<const Float>(logprobs),
+                                                        at<const int64_t>(cu_branches),
+                                                        at<const int64_t>(cu_variants),
+                                                        at<const int64_t>(cu_steps),
+                                                        at<Float>(gain),
+                                                        at<Float>(real),
+                                                        at<Float>(baseline),
+                                                        at<uint8_t>(scored),
+                                                        at<Float>(scores),
+                                                        at<int64_t>(best_variant),
+                                                        num_branches,
+                                                        num_variants,
+                                                        num_steps,
+                                                        head_tokens,
+                                                        head_weight,
+                                                        threads};
+  if (on_cuda) {
+    information_gain_cuda(params, stream);
+  } else {
+    stepcredit::information_gain_cpu(params);
+  }
 }
 
 void topk_search(Pointer tile, int64_t rows, int64_t num_queries, int64_t first_id, int64_t k, Pointer scores,
@@ -125,10 +151,10 @@ void bind_float(py::module_& m, const char* suffix) {
         arg("query_lengths"), arg("num_rollouts"), arg("num_tokens"), arg("num_steps"), arg("alpha"), arg("eps"),
         arg("ddof"), arg("scale_std"), arg("singleton_reward"), arg("dead_zone"), arg("negative_scale"),
         arg("soft_clip"), arg("threads"), arg("on_cuda"), arg("stream"));
-  m.def(name("information_gain_cpu").c_str(), &information_gain<Float>, release, py::kw_only(), arg("logprobs"),
+  m.def(name("information_gain").c_str(), &information_gain<Float>, release, py::kw_only(), arg("logprobs"),
         arg("cu_branches"), arg("cu_variants"), arg("cu_steps"), arg("gain"), arg("real"), arg("baseline"),
         arg("scored"), arg("scores"), arg("best_variant"), arg("num_branches"), arg("num_variants"), arg("num_steps"),
-        arg("head_tokens"), arg("head_weight"), arg("threads"));
+        arg("head_tokens"), arg("head_weight"), arg("threads"), arg("on_cuda"), arg("stream"));
   m.def(name("gather_logprobs_fold_cpu").c_str(), &gather_logprobs_fold<Float>, release, py::kw_only(), arg("logits"),
         arg("bias"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"), arg("temperature"),
         arg("targets"), arg("maximum"), arg("sum"), arg("weighted"), arg("picked"), arg("num_targets"), arg("threads"));

@@ -81,8 +81,32 @@ def tree_attention(dtype: torch.dtype, width: int) -> Config:
     return next(config for config in TREE_ATTENTION[dtype] if width <= config.blocks["PADDED"])
 
 
+def _head(kernel: str, dtype: torch.dtype, **blocks: int) -> Config:
+    stages = 2 if dtype == torch.float32 else 3
+    return Config(kernel, dtype, blocks, num_warps=8, num_stages=stages, max_registers=255)
+
+
+GATHER_LOGPROBS = {
+    torch.float32: _head("gather_logprobs", torch.float32, ROWS=64, COLS=64, DEPTH=16),
+    torch.bfloat16: _head("gather_logprobs", torch.bfloat16, ROWS=128, COLS=64, DEPTH=32),
+    torch.float16: _head("gather_logprobs", torch.float16, ROWS=128, COLS=64, DEPTH=32),
+}
+#: Of the partial sums of `gather_logprobs`, which are float32 whatever its dtype.
+MERGE = Config("gather_logprobs", torch.float32, {"BLOCK": 128}, num_warps=4)
+#: Tokens of the vocabulary whose gradients are in memory at a time; ROWS and COLS divide it.
+CHUNK = 4096
+#: DEPTH divides ROWS.
+GATHER_LOGPROBS_BACKWARD = {
+    torch.float32: _head("gather_logprobs_backward", torch.float32, ROWS=64, COLS=64, DEPTH=16),
+    torch.bfloat16: _head("gather_logprobs_backward", torch.bfloat16, ROWS=128, COLS=64, DEPTH=32),
+    torch.float16: _head("gather_logprobs_backward", torch.float16, ROWS=128, COLS=64, DEPTH=32),
+}
+
+
 ALL = (
     *MASKED_ADVANTAGES.values(),
     *INFORMATION_GAIN.values(),
     *(config for by_size in TREE_ATTENTION.values() for config in by_size),
+    *GATHER_LOGPROBS.values(),
+    *GATHER_LOGPROBS_BACKWARD.values(),
 )

@@ -72,10 +72,37 @@ def tree_attention(config: configs.Config) -> None:
         attend(size * 3 // 4, 50.0, 3)
 
 
+def gather_logprobs(config: configs.Config) -> None:
+    from stepcredit.kernels.gather_logprobs import launch
+
+    for arguments, options in head(config):
+        launch(*arguments, **options)
+
+
+def gather_logprobs_backward(config: configs.Config) -> None:
+    from stepcredit.kernels.gather_logprobs_backward import launch
+
+    for (hidden, weight, targets, *rest), options in head(config):
+        row = torch.zeros(3)
+        given = (torch.zeros(3, 2), row, hidden, weight, targets, *rest, row, row, row)
+        launch(*given, **options, needs=(True, True, True))
+
+
+def head(config: configs.Config) -> Iterator[tuple[tuple[torch.Tensor | None, ...], dict[str, float | None]]]:
+    """A plain head whose width is a multiple of every block, and one with all there can be whose width is not."""
+    targets, mask = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
+    for width, bias, softcap in ((256, False, None), (100, True, 30.0)):
+        hidden, weight = torch.zeros(3, width, dtype=config.dtype), torch.zeros(5, width, dtype=config.dtype)
+        given = (hidden, weight, targets, torch.zeros(5, dtype=config.dtype) if bias else None, mask)
+        yield given, {"temperature": 0.7, "softcap": softcap, "logit_scale": 0.5}
+
+
 LAUNCHES: dict[str, Callable[[configs.Config], None]] = {
     "masked_advantages": masked_advantages,
     "information_gain": information_gain,
     "tree_attention": tree_attention,
+    "gather_logprobs": gather_logprobs,
+    "gather_logprobs_backward": gather_logprobs_backward,
 }
 
 
@@ -87,9 +114,12 @@ def compiled(config: configs.Config, capability: int) -> Iterator[dict[str, Any]
 
     def compile_only(kernel: Any, grid: Any) -> Callable[..., None]:
         def call(*args: Any, **options: Any) -> None:
-            assert options.items() >= config.launch.items(), f"launched with {options}, expected {config}"
-            flags = {name: value for name, value in options.items() if name not in config.launch}
-            rows.append({"flags": flags, **resources(kernel.warmup(*args, grid=grid, **options))})
+            used = configs.MERGE if kernel.__name__ == "merge_kernel" else config
+            assert options.items() >= used.launch.items(), f"launched with {options}, expected {used}"
+            flags = {name: value for name, value in options.items() if name not in used.launch}
+            rows.append(
+                {"kernel": kernel.__name__, "flags": flags, **resources(kernel.warmup(*args, grid=grid, **options))}
+            )
 
         return call
 

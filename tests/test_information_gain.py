@@ -26,8 +26,10 @@ def make(lengths, variants, steps, dtype=torch.float32, seed=0):
     return logprobs.to(dtype), offsets(lengths), offsets(variants), offsets(steps)
 
 
-def verify(args, impl, head_tokens=0, head_weight=1.0):
-    out = information_gain(*args, head_tokens=head_tokens, head_weight=head_weight, impl=impl)
+def verify(args, impl, head_tokens=0, head_weight=1.0, device="cpu"):
+    given = (t.to(device) for t in args)
+    out = information_gain(*given, head_tokens=head_tokens, head_weight=head_weight, impl=impl)
+    out = reference.InformationGain(*(t.cpu() for t in out))
     for field in FIELDS:
 
         def one(*a, field=field):

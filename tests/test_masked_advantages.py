@@ -51,8 +51,8 @@ def run(batch, impl=None, **options):
     return masked_advantages(*(batch[name] for name in ARGS), impl=impl, **options)
 
 
-def verify(batch, impl, **options):
-    out = run(batch, impl, **options)
+def verify(batch, impl, device="cpu", **options):
+    out = run({name: t.to(device) for name, t in batch.items()}, impl, **options).cpu()
     numerics.check(out, reference.masked_advantages, *(batch[name] for name in ARGS), **{**DEFAULTS, **options})
     return out
 

@@ -109,6 +109,14 @@ def test_an_audit_finds_a_wrong_pass_and_names_the_step(monkeypatch):
         score_steps(batch, policy, verify=True)
 
 
+def test_an_audit_of_nothing_says_so():
+    """Not 0.0: a run is to be audited on the first batch that scores something."""
+    batch, policy = make("llama")
+    gains = score_steps(batch, policy, verify=True, num_random=1, max_context=1)
+    assert not gains.scored.any()
+    assert gains.difference is None
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
 def test_an_audit_tells_rounding_from_a_wrong_mask(kind, monkeypatch):
     batch, policy = make("llama")

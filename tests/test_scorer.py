@@ -168,3 +168,22 @@ def test_tree_attention_outside_the_scorer_is_an_error():
     policy.set_attn_implementation("stepcredit_tree")
     with pytest.raises(ValueError, match="needs model"):
         policy(torch.tensor([[1, 2]]))
+
+
+def test_a_head_that_is_more_than_its_weight_is_refused():
+    """An adapter on the head, or a scale that `head_options` does not know: scores would be wrong without a word."""
+    batch, policy = make()
+    score_steps(batch, policy)
+    adapted = policy.model.lm_head.register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.raises(
+        RuntimeError, match=r"LlamaForCausalLM: its logits give a token -.* nats, the weight of its head -"
+    ):
+        score_steps(batch, policy)
+    adapted.remove()
+    score_steps(batch, policy)
+
+
+def test_positions_that_do_not_count_from_zero_are_refused():
+    model = random_policy("roberta", TOKENIZER, is_decoder=True, pad_token_id=0)
+    with pytest.raises(ValueError, match="its positions do not count from 0"):
+        PolicyScorer(model, TOKENIZER, REFINE)

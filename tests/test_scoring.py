@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -123,6 +124,8 @@ def test_draws_replay():
     first = score_information_gain(model, TOKENIZER, logs(), GOLDS, seed=1)
     again = score_information_gain(model, TOKENIZER, logs(), GOLDS, seed=2, draws=first.draws)
     assert_same(again, first)
+    stored = json.loads(json.dumps(first.draws))
+    assert_same(score_information_gain(model, TOKENIZER, logs(), GOLDS, seed=2, draws=stored), first)
     assert score_information_gain(model, TOKENIZER, logs(), GOLDS, seed=2).draws != first.draws
 
 
@@ -149,6 +152,18 @@ def test_rollouts_need_no_reward():
     gains = score_information_gain(policy(), TOKENIZER, items)
     assert gains.scored.all()
     assert all(r.rewards == {} for r in items)
+
+
+def test_passages_that_say_there_are_none_are_none():
+    """Also without a record of the searches, as in a loop that writes its own transcript."""
+    found = enumerate(("(no passages found)", "Paris is the capital of France."))
+    items = [
+        rollout_from_text(QUESTIONS[q], *one(QUESTIONS[q], documents(text)), TOKENIZER, REFINE, group=q)
+        for q, text in found
+    ]
+    gains = score_information_gain(policy(), TOKENIZER, [replace(r, searches=()) for r in items])
+    assert gains.counts["unscored_no_documents"] == 1
+    assert gains.counts["pool_size"] == 1
 
 
 def test_empty_passages_and_empty_queries():

@@ -33,19 +33,19 @@ def normals(queries, passages, width, dtype=torch.float32, seed=0):
     return tuple(torch.randn(n, width, generator=g, dtype=torch.float64).to(dtype) for n in (queries, passages))
 
 
-def exact(queries, vectors, k, impl):
+def exact(queries, vectors, k, impl, device="cpu"):
     """Scores and ids equal the reference's bit for bit; for data whose inner products are exact."""
-    scores, ids = topk_search(queries, vectors, k, impl=impl)
+    scores, ids = (t.cpu() for t in topk_search(queries.to(device), vectors.to(device), k, impl=impl))
     gold_scores, gold_ids = reference.topk_search(queries.double(), vectors.double(), k)
     assert scores.shape == ids.shape == (len(queries), min(k, len(vectors)))
     assert torch.equal(scores.double(), gold_scores)
     assert torch.equal(ids, gold_ids)
 
 
-def verify(queries, vectors, k, impl):
+def verify(queries, vectors, k, impl, device="cpu"):
     """Scores by the numerics policy. Ids by what they point at: each hit's own float64 score is the score of its rank
     up to the bound, and where the gold scores are further apart than that, the id is the reference's."""
-    scores, ids = topk_search(queries, vectors, k, impl=impl)
+    scores, ids = (t.cpu() for t in topk_search(queries.to(device), vectors.to(device), k, impl=impl))
     numerics.check(scores, lambda q, v: reference.topk_search(q, v, k)[0], queries, vectors)
     gold = queries.double() @ vectors.double().T
     numerics.check_against(scores, gold.gather(1, ids), (queries @ vectors.T).gather(1, ids).to(scores.dtype))

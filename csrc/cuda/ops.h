@@ -9,4 +9,7 @@ namespace stepcredit {
 void masked_advantages_cuda(const MaskedAdvantagesParams<float>& p, int* query_lengths, void* stream);
 void masked_advantages_cuda(const MaskedAdvantagesParams<double>& p, int* query_lengths, void* stream);
 
+void information_gain_cuda(const InformationGainParams<float>& p, void* stream);
+void information_gain_cuda(const InformationGainParams<double>& p, void* stream);
+
 }  // namespace stepcredit

@@ -30,7 +30,7 @@ def masked_advantages_f32(
 
 masked_advantages_f64 = masked_advantages_f32
 
-def information_gain_cpu_f32(
+def information_gain_f32(
     *,
     logprobs: int,
     cu_branches: int,
@@ -48,9 +48,11 @@ def information_gain_cpu_f32(
     head_tokens: int,
     head_weight: float,
     threads: int,
+    on_cuda: bool,
+    stream: int,
 ) -> None: ...
 
-information_gain_cpu_f64 = information_gain_cpu_f32
+information_gain_f64 = information_gain_f32
 
 def topk_search_cpu(
     *, tile: int, rows: int, num_queries: int, first_id: int, k: int, scores: int, ids: int, threads: int

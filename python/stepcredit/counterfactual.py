@@ -53,7 +53,8 @@ class StepGains:
         tokens_forwarded: tokens run through the model: "trunk", "real" leaves, "counterfactual" leaves.
         seconds: wall time of the scoring.
         logprobs: float32 [T] when asked for: log-probs of the policy's tokens, 0 where the environment wrote.
-        difference: with `verify`, the largest difference to separate forwards, nats per answer token.
+        difference: with `verify`, the largest difference to separate forwards, nats per answer token; None where no
+            step was scored.
     """
 
     rollout: torch.Tensor
@@ -155,7 +156,7 @@ def score_steps(
             )
             counts.update(pool_counts)
         else:
-            drawn = {key: tuple(given) for key, given in zip(steps, draws, strict=True)}
+            drawn = {key: tuple(map(tuple, given)) for key, given in zip(steps, draws, strict=True)}
             if unknown := sorted({other for given in drawn.values() for other in given} - set(found)):
                 raise ValueError(f"draws names {unknown[0]}, which is no search step with passages of this batch")
 

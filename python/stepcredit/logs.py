@@ -129,9 +129,8 @@ class _Reader:
             self.transcript.add_environment(text, SpanKind.DOCUMENTS)
             self.transcript.counts["unasked_documents"] += 1
             return
-        protocol = self.transcript.protocol
-        inner = _inner(text, protocol)
-        found = inner not in ("", _inner(protocol.documents(()), protocol))
+        inner = _inner(text, self.transcript.protocol)
+        found = inner not in ("", self.transcript.protocol.nothing_found)
         self._respond(Response(text, SpanKind.DOCUMENTS, self._search((_passage_id(inner),) if found else ())))
 
     def give_up(self) -> None:

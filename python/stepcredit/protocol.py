@@ -96,6 +96,11 @@ class Protocol:
         return "\nThe search failed and returned nothing.\n"
 
     @property
+    def nothing_found(self) -> str:
+        """What stands in the documents of a search that found no passage."""
+        return "(no passages found)"
+
+    @property
     def exhausted_notice(self) -> str:
         """Reply to a search beyond the allowed number."""
         return "\nNo searches are left.\n"
@@ -193,7 +198,7 @@ class Protocol:
         Passages are untrusted: the `<` of any protocol tag inside them becomes `&lt;`, so that a passage can neither
         close the block nor look like an action.
         """
-        lines = "\n".join(f"{p.title}: {p.text}" for p in passages) or "(no passages found)"
+        lines = "\n".join(f"{p.title}: {p.text}" for p in passages) or self.nothing_found
         safe = _ANY_TAG.sub(lambda m: "&lt;" + m[0][1:], lines)
         return f"\n<{self.documents_tag}>\n{safe}\n</{self.documents_tag}>\n"
 

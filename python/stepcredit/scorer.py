@@ -32,6 +32,9 @@ def why_not(model: PreTrainedModel) -> str | None:
     nope, rope, value = (getattr(config, f"{name}_head_dim", None) for name in ("qk_nope", "qk_rope", "v"))
     if value is not None and nope is not None and rope is not None and nope + rope != value:
         return f"its keys are not as wide as its values ({nope + rope} and {value})"
+    # RoBERTa and its kin keep the first positions for padding.
+    if any(hasattr(m, "position_embeddings") and getattr(m, "padding_idx", None) is not None for m in model.modules()):
+        return "its positions do not count from 0"
     if model.get_output_embeddings() is None or model.base_model is model:
         return "it has no language-model head on a base model"
     return None

@@ -41,8 +41,9 @@ def audit(
     forest: Forest,
     logprobs: torch.Tensor,
     seed: int,
-) -> float:
-    """The largest difference, nats per answer token, between packed and separate scores of a sample of steps.
+) -> float | None:
+    """The largest difference, nats per answer token, between packed and separate scores of a sample of steps; None when
+    there is no scored step to sample.
 
     Raises:
         RuntimeError: scores differ by more than rounding; names the step that differs most.
@@ -60,7 +61,7 @@ def audit(
     separate = [float(answer.mean()) for answer in policy.separate_logprobs(contexts)]
     differences = [abs(a - b) for a, b in zip(packed, separate, strict=True)]
     if not differences:
-        return 0.0
+        return None
     sizes = [max(1.0, abs(score)) for score in separate]
     allowed = tolerance(policy)
     in_mean = sum(differences) <= allowed * sum(sizes)

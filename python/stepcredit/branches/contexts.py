@@ -78,6 +78,7 @@ def read_trunk(rollout: Rollout, policy: PolicyScorer, mode: TrunkMode) -> Trunk
     previous = Place(rollout.prompt_length)
     searches = {s.step: s for s in rollout.searches}
     refined = False
+    nothing = policy.decode(policy.encode(policy.protocol.nothing_found)).strip()  # as this tokenizer gives it back
     for step in rollout.steps():
         documents = rollout.find(SpanKind.DOCUMENTS, step)
         if documents is None:
@@ -86,7 +87,9 @@ def read_trunk(rollout: Rollout, policy: PolicyScorer, mode: TrunkMode) -> Trunk
         fault = None
         if search is not None and (search.failed or not search.passage_ids):
             fault = "no_documents"
-        elif len(_inner_text(rollout, documents, policy)) < MIN_CHARACTERS:
+        elif (text := _inner_text(rollout, documents, policy)) == nothing:
+            fault = "no_documents"  # from who keeps no record of searches
+        elif len(text) < MIN_CHARACTERS:
             fault = "short_documents"
         refinement = _refinement(rollout, documents, policy)
         if mode == "rollout":

@@ -162,7 +162,8 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
 
     Raises:
         FloatingPointError: the policy gives hidden states or log-probs that are not finite; names the tree.
-        RuntimeError: some of the model's layers did not use tree attention, or its head did not run.
+        RuntimeError: some of the model's layers did not use tree attention, or its head did not run, or does more than
+            `head_options` knows of.
     """
     head = model.get_output_embeddings()
     device = head.weight.device
@@ -185,7 +186,8 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
                 temperature=temperature,
                 name=lambda row: name(chosen[row]),  # noqa: B023  (called before the next round)
             ).float()
-        return (args[0][:, :0],)  # the head itself has nothing left to do
+        first = int(reads[0] if carrier.kept is not None else rows[reads[0]]) if len(reads) else 0
+        return (args[0][:, first : first + len(reads[:1])],)  # the head itself runs for one row, to be compared
 
     hooks = [head.register_forward_pre_hook(read)]
     layers = model.config.get_text_config().num_hidden_layers
@@ -194,7 +196,7 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
         hooks.append(stack[-1].register_forward_pre_hook(partial(_trim, carrier), with_kwargs=True))
     try:
         tokens, positions = item.tokens[None].to(device), carrier.layout.positions[None]
-        model(input_ids=tokens, position_ids=positions, use_cache=False, tree=carrier)
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False, tree=carrier).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -203,4 +205,19 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
             f"{type(model).__name__}: {carrier.layers} of {layers} layers used tree attention and its head ran"
             f" {len(ran)} times; its scores would be wrong"
         )
+    if len(reads):
+        _check_head(model, logits[0, 0] / item.temperatures[0].to(device), item.targets[0], float(logprobs[0]))
     return logprobs, ran[0]
+
+
+def _check_head(model: PreTrainedModel, logits: torch.Tensor, target: torch.Tensor, ours: float) -> None:
+    """That a log-prob from the head's weight is what the model's own logits [V] say: an adapter on the head, or a
+    scale that is not known here, would change every score."""
+    theirs = float(logits.float().log_softmax(-1)[target])
+    size = max(1.0, float(logits[logits.isfinite()].abs().max()))
+    rounding = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.05
+    if not abs(ours - theirs) <= rounding * size:
+        raise RuntimeError(
+            f"{type(model).__name__}: its logits give a token {theirs:.4f} nats, the weight of its head {ours:.4f}; a"
+            f" head that is more than a linear layer, a soft cap and a scale cannot be scored"
+        )

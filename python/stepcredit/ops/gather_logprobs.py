@@ -18,6 +18,9 @@ Tensor = torch.Tensor
 _served = dispatch.native(torch.float32, torch.float64, torch.bfloat16, torch.float16)
 dispatch.register(OP, "cpu", _served)(_gather_logprobs_cpu.forward)
 dispatch.register(BACKWARD, "cpu", _served)(_gather_logprobs_cpu.backward)
+_triton = dispatch.triton(torch.float32, torch.bfloat16, torch.float16)
+dispatch.register(OP, "triton", _triton)(dispatch.triton_kernel(OP))
+dispatch.register(BACKWARD, "triton", _triton)(dispatch.triton_kernel(BACKWARD))
 
 
 @dispatch.register(OP, "reference", dispatch.always)
@@ -239,7 +242,7 @@ def gather_logprobs(
         logit_scale: factor on the logits before the soft cap (Cohere).
         row_mask: bool [N]; log-probs and entropy of rows that are False are 0, and so are their gradients.
         entropy: also return the entropy.
-        impl: "cpu" or "reference"; None picks the first that can run.
+        impl: "triton", "cpu" or "reference"; None picks the first that can run.
 
     Returns:
         logprobs of the shape of `targets`, in nats, float32 (float64 for float64 input); with `entropy=True` the pair

@@ -25,8 +25,9 @@ def empty_result(logprobs: torch.Tensor, cu_branches: torch.Tensor, cu_steps: to
     )
 
 
+@dispatch.register(OP, "cuda", dispatch.native_cuda(torch.float32, torch.float64))
 @dispatch.register(OP, "cpu", dispatch.native(torch.float32, torch.float64))
-def _cpu(
+def _native(
     logprobs: torch.Tensor,
     cu_branches: torch.Tensor,
     cu_variants: torch.Tensor,
@@ -37,7 +38,7 @@ def _cpu(
 ) -> InformationGain:
     from stepcredit import _C
 
-    kernel = _C.information_gain_cpu_f64 if logprobs.dtype == torch.float64 else _C.information_gain_cpu_f32
+    kernel = _C.information_gain_f64 if logprobs.dtype == torch.float64 else _C.information_gain_f32
     logprobs, cu_branches, cu_variants, cu_steps = (
         t.contiguous() for t in (logprobs, cu_branches, cu_variants, cu_steps)
     )
@@ -55,6 +56,8 @@ def _cpu(
         head_tokens=head_tokens,
         head_weight=head_weight,
         threads=torch.get_num_threads(),
+        on_cuda=logprobs.is_cuda,
+        stream=torch.cuda.current_stream(logprobs.device).cuda_stream if logprobs.is_cuda else 0,
     )
     return out
 
@@ -119,7 +122,7 @@ def information_gain(
         cu_steps: int64 [S+1], offsets of the steps in the variants.
         head_tokens: the first this many answer tokens weigh `head_weight` (IG-Search's released code: 3).
         head_weight: their weight, >= 0 (released code: 3.0; the paper's equation is a plain mean, 1.0).
-        impl: "triton", "cpu" or "reference"; None picks the first that can run.
+        impl: "cuda", "triton", "cpu" or "reference"; None picks the first that can run.
 
     Returns:
         InformationGain(gain[S], real[S], baseline[S], scored[S] bool, scores[R], best_variant[S] int64). A step

@@ -57,9 +57,10 @@ def _op(
     window: int | None,
     impl: str,
 ) -> torch.Tensor:
-    result: torch.Tensor = dispatch.function(OP, impl)(
-        q, k, v, cu_segments, cu_ranges, ranges, positions, scale=scale, softcap=softcap, window=window
-    )
+    with torch.autocast(q.device.type, enabled=False):  # it would round scores
+        result: torch.Tensor = dispatch.function(OP, impl)(
+            q, k, v, cu_segments, cu_ranges, ranges, positions, scale=scale, softcap=softcap, window=window
+        )
     return result.contiguous()
 
 

@@ -62,9 +62,10 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
 
     with parts.reporter.task("GRPO", config.steps) as advance:
         advance(state.step)
-        first = state.step  # a resumed run may be on another machine: it is audited again
-        for step in range(first, config.steps):
-            metrics = train_step(config, parts, state, step, reference, verify=step == first)
+        audited = False  # of this process: a resumed run may be on another machine
+        for step in range(state.step, config.steps):
+            metrics = train_step(config, parts, state, step, reference, verify=not audited)
+            audited |= "ig/audit_difference" in metrics
             log.write(metrics)
             advance(1, f"reward {metrics['reward']:.2f}  EM {100 * float(metrics['em']):.1f}")
             state.step, state.seconds = step + 1, time.perf_counter() - started
