@@ -156,7 +156,7 @@ def score_steps(
             )
             counts.update(pool_counts)
         else:
-            drawn = {key: tuple(map(tuple, given)) for key, given in zip(steps, draws, strict=True)}
+            drawn = {key: tuple((b, t) for b, t in given) for key, given in zip(steps, draws, strict=True)}
             if unknown := sorted({other for given in drawn.values() for other in given} - set(found)):
                 raise ValueError(f"draws names {unknown[0]}, which is no search step with passages of this batch")
 
