@@ -17,6 +17,15 @@ from stepcredit.kernels._logits import tile_of_logits
 
 
 @triton.jit
+def _rescaled(highest: tl.tensor, total: tl.tensor, weighted: tl.tensor, reference: tl.tensor) -> tl.tensor:
+    """The sums of exp(z - m) and exp(z - m) (z - m), where m is `highest`, about a `reference` of at least m. A row
+    that saw nothing above -inf keeps its zeros: -inf - -inf would be NaN."""
+    moved = tl.where(highest == float("-inf"), 0.0, highest - reference)
+    shrink = tl.exp(highest - reference)
+    return total * shrink, tl.where(shrink > 0, (weighted + total * moved) * shrink, 0.0)
+
+
+@triton.jit
 def gather_logprobs_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
@@ -63,15 +72,12 @@ def gather_logprobs_kernel(
             scale, softcap, cooling, ROWS, COLS, DEPTH, BIAS, SOFTCAP, EVEN, UPCAST,
         )  # fmt: skip
         above = tl.maximum(highest, tl.max(z, axis=1))
-        # A row that has seen nothing above -inf yet keeps its zeros: -inf - -inf would be NaN.
         reference = tl.where(above == float("-inf"), 0.0, above)
-        moved = tl.where(highest == float("-inf"), 0.0, highest - reference)
-        shrink = tl.exp(highest - reference)
+        total, weighted = _rescaled(highest, total, weighted, reference)
         below = z - reference[:, None]
         weights = tl.exp(below)
-        kept = tl.where(shrink > 0, (weighted + total * moved) * shrink, 0.0)
-        weighted = kept + tl.sum(tl.where(weights > 0, weights * below, 0.0), axis=1)
-        total = total * shrink + tl.sum(weights, axis=1)
+        weighted += tl.sum(tl.where(weights > 0, weights * below, 0.0), axis=1)
+        total += tl.sum(weights, axis=1)
         highest = above
         for k in range(num_targets):
             target = row * num_targets + k
@@ -117,13 +123,10 @@ def merge_kernel(
         other_weighted = tl.load(at + 2 * plane, mask=inside, other=0.0)
         above = tl.maximum(highest, other)
         reference = tl.where(above == float("-inf"), 0.0, above)
-        moved = tl.where(highest == float("-inf"), 0.0, highest - reference)
-        other_moved = tl.where(other == float("-inf"), 0.0, other - reference)
-        shrink, other_shrink = tl.exp(highest - reference), tl.exp(other - reference)
-        kept = tl.where(shrink > 0, (weighted + total * moved) * shrink, 0.0)
-        other_kept = tl.where(other_shrink > 0, (other_weighted + other_total * other_moved) * other_shrink, 0.0)
-        weighted = kept + other_kept
-        total = total * shrink + other_total * other_shrink
+        total, weighted = _rescaled(highest, total, weighted, reference)
+        other_total, other_weighted = _rescaled(other, other_total, other_weighted, reference)
+        weighted += other_weighted
+        total += other_total
         highest = above
     logarithm = tl.log(total)
     tl.store(maximum + row, highest, mask=inside)
