@@ -30,6 +30,8 @@ def work(rank: int, directory: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for tied in (False, True):
         model = random_policy("llama", TOKENIZER, tie_word_embeddings=tied)
+        if not tied:
+            model.model.embed_tokens.weight.data[-1] = torch.nan
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -38,6 +40,13 @@ def work(rank: int, directory: str) -> None:
         tree.read(tree.add([5]), 1, [10**6 if rank else 5])
         with pytest.raises(ValueError if rank else RuntimeError, match="vocabulary of" if rank else "another rank"):
             policy.logprobs([tree])
+        if not tied:
+            trees = [TokenTree("first"), TokenTree("second")]
+            for tree, token in zip(trees, [len(TOKENIZER) - 1 if rank else 5, 5], strict=True):
+                tree.read(tree.add([token, 5]), 1, [5])
+            expected = (FloatingPointError, "first") if rank else (RuntimeError, "another rank")
+            with pytest.raises(expected[0], match=expected[1]):
+                policy.logprobs(trees, max_tokens=1)
         audited, gains = (score(policy, rank, verify) for verify in (True, False))
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # sharded, as it was found
         assert torch.equal(audited.gain, gains.gain)

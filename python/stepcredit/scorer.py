@@ -111,13 +111,20 @@ class PolicyScorer:
         with self._together(len(bins)):
             for item in bins:
                 self._check(item, trees, head.weight.shape[0])
+        failed: FloatingPointError | None = None
         with self._prepared(ATTENTION):
             for item in bins:
                 names = [trees[tree].name for tree in item.row_trees.tolist()]
-                with self._one_pass():
-                    logprobs, self.compute_dtype = tree_logprobs(self.model, item, names.__getitem__)
+                try:
+                    with self._one_pass():
+                        logprobs, self.compute_dtype = tree_logprobs(self.model, item, names.__getitem__)
+                    out[item.places.to(device)] = logprobs[item.sources.to(device)]
+                except FloatingPointError as error:  # the passes to come are passes of the other ranks too
+                    failed = failed or error
                 self.tokens_forwarded += item.tokens.numel()
-                out[item.places.to(device)] = logprobs[item.sources.to(device)]
+        with self._together(0):
+            if failed is not None:
+                raise failed
         return out
 
     def _check(self, item: Bin, trees: Sequence[TokenTree], vocabulary: int) -> None:

@@ -171,11 +171,9 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
     carrier = _Pass(item.layout.to(device), rows.to(device))
     logprobs = torch.empty(len(item.rows), device=device)
     ran: list[torch.dtype] = []
+    failed: list[FloatingPointError] = []
 
-    # Inside the model's own forward, where a sharded head has its whole weight.
-    def read(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        ran.append(args[0].dtype)
-        hidden = args[0][0] if carrier.kept is not None else args[0][0, carrier.rows]
+    def read_rows(hidden: torch.Tensor) -> None:
         for temperature in item.temperatures.unique().tolist():
             at = (item.temperatures == temperature).nonzero().squeeze(1)
             chosen = at.tolist()
@@ -186,6 +184,15 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
                 temperature=temperature,
                 name=lambda row: name(chosen[row]),  # noqa: B023  (called before the next round)
             ).float()
+
+    # Inside the model's own forward, where a sharded head has its whole weight.
+    def read(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        ran.append(args[0].dtype)
+        hidden = args[0][0] if carrier.kept is not None else args[0][0, carrier.rows]
+        try:
+            read_rows(hidden)
+        except FloatingPointError as error:  # a forward that FSDP2 shards runs to its end, lest the next be out of step
+            failed.append(error)
         first = int(reads[0] if carrier.kept is not None else rows[reads[0]]) if len(reads) else 0
         return (args[0][:, first : first + len(reads[:1])],)  # the head itself runs for one row, to be compared
 
@@ -205,6 +212,8 @@ def tree_logprobs(model: PreTrainedModel, item: Bin, name: Callable[[int], str])
             f"{type(model).__name__}: {carrier.layers} of {layers} layers used tree attention and its head ran"
             f" {len(ran)} times; its scores would be wrong"
         )
+    if failed:
+        raise failed[0]
     if len(reads):
         _check_head(model, logits[0, 0] / item.temperatures[0].to(device), item.targets[0], float(logprobs[0]))
     return logprobs, ran[0]
