@@ -1,7 +1,7 @@
 """Rollouts of other trainers, logged as text, as `Rollout`s.
 
 Text does not say who wrote it: a block of the documents tag that a policy forged reads like one that an environment
-wrote. Whoever has token ids and knows their authors should build a `Transcript` instead.
+wrote. Whoever has token ids and knows their authors should use `padded` instead.
 """
 
 from __future__ import annotations
@@ -103,6 +103,14 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
     return text[:at], text[at:]
 
 
+def message_passages(message: str, protocol: Protocol) -> tuple[str, ...]:
+    """What a message shows, as one passage whose id is a hash of the text between its tags; () when that is nothing."""
+    inner = tag_patterns(protocol)[0].sub("", message).strip()
+    if inner in ("", protocol.nothing_found):
+        return ()
+    return (f"text-{blake2b(inner.encode(), digest_size=8).hexdigest()}",)
+
+
 class _Reader:
     """Feeds a transcript with text in order, and knows which search waits for its passages."""
 
@@ -129,9 +137,8 @@ class _Reader:
             self.transcript.add_environment(text, SpanKind.DOCUMENTS)
             self.transcript.counts["unasked_documents"] += 1
             return
-        inner = _inner(text, self.transcript.protocol)
-        found = inner not in ("", self.transcript.protocol.nothing_found)
-        self._respond(Response(text, SpanKind.DOCUMENTS, self._search((_passage_id(inner),) if found else ())))
+        passages = message_passages(text, self.transcript.protocol)
+        self._respond(Response(text, SpanKind.DOCUMENTS, self._search(passages)))
 
     def give_up(self) -> None:
         """Nothing will answer the search that waits."""
@@ -204,11 +211,3 @@ def _blocks(text: str, protocol: Protocol) -> tuple[list[tuple[int, int]], int]:
             start = blocks.pop()[0]
         blocks.append((start, stop))
     return blocks, unclosed
-
-
-def _inner(message: str, protocol: Protocol) -> str:
-    return tag_patterns(protocol)[0].sub("", message).strip()
-
-
-def _passage_id(text: str) -> str:
-    return f"text-{blake2b(text.encode(), digest_size=8).hexdigest()}"

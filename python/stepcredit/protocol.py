@@ -202,6 +202,10 @@ class Protocol:
         safe = _ANY_TAG.sub(lambda m: "&lt;" + m[0][1:], lines)
         return f"\n<{self.documents_tag}>\n{safe}\n</{self.documents_tag}>\n"
 
+    def shows_documents(self, message: str) -> bool:
+        """Whether a message of the environment shows passages, or that none were found; if not it is a notice."""
+        return tag_patterns(self)[0].search(message) is not None
+
 
 # Whitespace inside a tag is tolerated: WordPiece decoders insert it. No two `\s*` can meet, so that a search is linear
 # in the length of the text, which strangers wrote.

@@ -115,7 +115,37 @@ class IGSearch:
         temperature: float | None = None,
         verify: bool = False,
     ) -> Credit:
-        gains = score_steps(
+        gains = self._score(batch, policy, step, temperature, verify)
+        outcome = self._advantages(batch, batch.rewards, None)
+        advantages = self._advantages(batch, batch.rewards, gains)
+        scored_query = torch.isin(batch.step_ids, gains.scored.nonzero().squeeze(1))
+        metrics = {
+            **outcome_metrics(batch, outcome),
+            "advantage/bonus_abs_mean": mean((advantages - outcome)[scored_query].abs()),
+            **gain_metrics(gains),
+        }
+        return Credit(advantages, metrics=metrics, logprobs=gains.logprobs)
+
+    def bonus(self, batch: RolloutBatch, policy: PolicyScorer, *, step: int = 0, verify: bool = False) -> Credit:
+        """What the gains add to the outcome's advantages, for a trainer that computes those by itself.
+
+        Args:
+            batch: packed rollouts; their rewards are not looked at.
+            policy, step, verify: as in a call.
+
+        Returns:
+            Credit whose `advantages` are 0 but on the query tokens of scored steps, with the metrics of the gains.
+        """
+        gains = self._score(batch, policy, step, None, verify)
+        bonus = self._advantages(batch, torch.zeros_like(batch.rewards), gains)
+        scored_query = torch.isin(batch.step_ids, gains.scored.nonzero().squeeze(1))
+        metrics = {"advantage/bonus_abs_mean": mean(bonus[scored_query].abs()), **gain_metrics(gains)}
+        return Credit(bonus, metrics=metrics)
+
+    def _score(
+        self, batch: RolloutBatch, policy: PolicyScorer, step: int, temperature: float | None, verify: bool
+    ) -> StepGains:
+        return score_steps(
             batch,
             policy,
             num_random=self.num_random,
@@ -133,22 +163,13 @@ class IGSearch:
             temperature=temperature if self.trunk == "rollout" else None,
             verify=verify,
         )
-        outcome = self._advantages(batch, None)
-        advantages = self._advantages(batch, gains)
-        scored_query = torch.isin(batch.step_ids, gains.scored.nonzero().squeeze(1))
-        metrics = {
-            **outcome_metrics(batch, outcome),
-            "advantage/bonus_abs_mean": mean((advantages - outcome)[scored_query].abs()),
-            **gain_metrics(gains),
-        }
-        return Credit(advantages, metrics=metrics, logprobs=gains.logprobs)
 
-    def _advantages(self, batch: RolloutBatch, gains: StepGains | None) -> torch.Tensor:
+    def _advantages(self, batch: RolloutBatch, rewards: torch.Tensor, gains: StepGains | None) -> torch.Tensor:
         step_gains = None
         if gains is not None:
             step_gains = gains.gain - self._center(batch, gains)
         return masked_advantages(
-            batch.rewards,
+            rewards,
             batch.groups,
             batch.cu_seqlens,
             batch.policy_mask,

@@ -102,6 +102,13 @@ class Transcript:
         self._append(ids, kind, step)
         return ids
 
+    def add_environment_tokens(self, token_ids: Sequence[int], kind: SpanKind, search: Search | None = None) -> None:
+        """Append a message of the environment as it was fed, with the search that it answers."""
+        if search is not None:
+            self.searches.append(search)
+            self._next_step = search.step + 1
+        self._append(list(token_ids), kind, search.step if search and kind is SpanKind.DOCUMENTS else -1)
+
     def add_response(self, response: Response, room: int) -> list[int] | None:
         """Append an environment's reply: its message, the executed search, a forced answer opener, its counts.
 
@@ -114,15 +121,11 @@ class Transcript:
             only the counts are kept.
         """
         self.counts.update(response.counts)
-        step = response.search.step if response.search and response.kind is SpanKind.DOCUMENTS else -1
         message = encode(self.tokenizer, response.text)
         opener = encode(self.tokenizer, self.protocol.answer_opener) if response.forced_answer else []
         if len(message) + len(opener) >= room:
             return None
-        if response.search is not None:
-            self.searches.append(response.search)
-            self._next_step = response.search.step + 1
-        self._append(message, response.kind, step)
+        self.add_environment_tokens(message, response.kind, response.search)
         self._append(opener, SpanKind.NOTICE, -1)
         return message + opener
 
