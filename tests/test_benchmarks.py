@@ -13,13 +13,19 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_counterfactual,
     bench_gather_logprobs,
     bench_information_gain,
     bench_masked_advantages,
     bench_topk_search,
+    bench_tree_attention,
     measure,
     report,
 )
+from scripted_rollouts import random_policy
+from stepcredit.counterfactual import score_steps
+from stepcredit.scorer import PolicyScorer
+from stepcredit.train.policy import tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ["gather_logprobs", "information_gain", "masked_advantages", "topk_search"]
@@ -235,6 +241,14 @@ def wrong_duplicates(*args):
     return scores[:, :1].expand_as(scores), ids[:, :1].expand_as(ids)
 
 
+def wrong_query(q, k, v, tree, **_):
+    out = bench_tree_attention.reference.tree_attention(
+        q, k, v, tree.cu_segments, tree.cu_ranges, tree.ranges, tree.positions, scale=0.25, softcap=None, window=None
+    )
+    out[-1] += 0.01
+    return out
+
+
 @pytest.mark.parametrize(
     ("bench", "op", "wrong", "options"),
     [
@@ -243,6 +257,7 @@ def wrong_duplicates(*args):
         (bench_information_gain, "information_gain", wrong_last_step, {}),
         (bench_topk_search, "topk_search", wrong_order, {}),
         (bench_topk_search, "topk_search", wrong_duplicates, {}),
+        (bench_tree_attention, "tree_attention", wrong_query, {}),
     ],
 )
 def test_a_wrong_kernel_has_no_speed(bench, op, wrong, options, monkeypatch):
@@ -251,6 +266,30 @@ def test_a_wrong_kernel_has_no_speed(bench, op, wrong, options, monkeypatch):
     with pytest.raises(AssertionError):
         getattr(bench, f"test_{op}")(benchmark, "small", torch.float32, **options)
     assert not benchmark.measured
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.01])
+def test_wrong_scores_have_no_speed(wrong, monkeypatch):
+    """The counterfactual benchmark on a tiny policy; with scores that are off it ends before it measures a ratio."""
+    tokenizer = tiny_policy([" ".join(bench_counterfactual.WORDS), "<think></think><search></search>"], 0)[1]
+    policy = PolicyScorer(random_policy("llama", tokenizer), tokenizer, bench_counterfactual.PROTOCOL)
+
+    def scored(*args, **options):
+        gains = score_steps(*args, **options)
+        gains.real[:1] += wrong if options["temperature"] else 0.0
+        return gains
+
+    for name in ("batch", "ways"):
+        monkeypatch.setattr(bench_counterfactual, name, getattr(bench_counterfactual, name).__wrapped__)
+    monkeypatch.setattr(bench_counterfactual, "policy", lambda dtype: policy)
+    monkeypatch.setattr(bench_counterfactual, "score_steps", scored)
+    if wrong:
+        with pytest.raises(AssertionError, match="both differs from separate"):
+            bench_counterfactual.ways("small", torch.float32)
+    else:
+        found = bench_counterfactual.ways("small", torch.float32)
+        assert found["ours"].tokens > found["old_logprobs"].tokens
+        assert found["separate"].tokens >= found["trimmed"].tokens > found["cached"].tokens
 
 
 def test_baselines_run_between_rounds(monkeypatch):

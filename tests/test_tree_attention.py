@@ -358,3 +358,27 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="got float16"):
         tree_attention(*half, tree, impl="cpu")
     assert stepcredit.dispatch.resolve(OP, None, q.half()) == "reference"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_rows_laid_side_by_side_are_those_of_the_ranges(data):
+    """Whatever the calls have in common; and what neighbours share is copied once."""
+    edges = st.lists(st.integers(0, 12), min_size=2, max_size=6, unique=True).map(sorted)
+    calls = data.draw(st.lists(edges.map(lambda e: tuple(zip(e[::2], e[1::2], strict=False))), min_size=1, max_size=5))
+    sources = [torch.randn(2, 12, 3), torch.randn(1, 12, 5)]
+    seen = _tree_attention_cpu.SideBySide(sources, room=12)
+    for ranges in calls:
+        for source, laid in zip(sources, seen.of(ranges), strict=True):
+            assert torch.equal(laid, torch.cat([source[:, a:b] for a, b in ranges], 1))
+
+
+def test_leaves_of_one_fork_share_a_copy_of_their_trunk():
+    source = torch.randn(1, 100, 2)
+    seen = _tree_attention_cpu.SideBySide([source], room=80)
+    first = seen.of(((0, 60), (70, 80)))[0]
+    source[:, :60] = torch.nan  # what is copied again would show
+    assert torch.equal(seen.of(((0, 60), (80, 90)))[0][:, :60], first[:, :60])
+    assert not first[:, :60].isnan().any()
+    assert seen.of(((0, 50), (80, 90)))[0][:, :50].isfinite().all()
+    assert seen.of(((1, 50), (80, 90)))[0][:, :49].isnan().all()

@@ -129,7 +129,8 @@ def score_steps(
         StepGains.
 
     Raises:
-        ValueError: an option is out of range, or `draws` does not fit the batch.
+        ValueError: an option is out of range, `draws` does not fit the batch, a token id is not in the vocabulary, or,
+            with `temperature`, a rollout is longer than what the policy can score exactly (`PolicyScorer.max_context`).
         FloatingPointError: the policy's hidden states are not finite; names the question.
         RuntimeError: with `verify`, a step's scores differ from separate forwards by more than rounding.
 

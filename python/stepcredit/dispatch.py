@@ -1,9 +1,9 @@
 """Which implementation of an op runs: the one place where that is decided.
 
-Order: `cuda`, `triton`, `cpu`, `flex`, `reference`, the first that can run for these tensors; those that can run on one
-device stand as the rows of `benchmarks/results/` rank them. `impl=` on a call, or the environment variable
-`STEPCREDIT_IMPL` for every call, names one explicitly; if that one cannot run, a ValueError says why. Nothing here
-catches an exception of a kernel.
+Order: `cuda`, `triton`, `cpu`, `flex`, `reference`, the first that can run for these tensors. On a CPU the rows of
+`benchmarks/results/` rank them so; no GPU has ranked `cuda` and `triton` yet. `impl=` on a call, or the environment
+variable `STEPCREDIT_IMPL` for every call, names one explicitly; if that one cannot run, a ValueError says why. Nothing
+here catches an exception of a kernel.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class PolicyScorer:
         """Log-probs of everything the trees ask to read: one forward pass per bin, the head on those rows only.
 
         Args:
-            trees: at least one; results do not depend on their order beyond the order of the output.
+            trees: results do not depend on their order beyond the order of the output.
             max_tokens: tokens of a bin; a larger tree gets a bin of its own.
 
         Returns:

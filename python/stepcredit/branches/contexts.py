@@ -41,7 +41,7 @@ class Step:
     Attributes:
         documents: trunk tokens before its passages.
         end: where it ends: after its refinement if it has one, else after its passages.
-        previous: where the step before it ended; the end of the prompt for the first.
+        previous: where the step before it that has passages ended; the end of the prompt when there is none.
         passages: what is swapped: the tokens of its passages and refinement.
         fault: why it cannot be scored nor lend its passages, None when it can.
     """

@@ -30,11 +30,10 @@ def draw_passages(
     """For every step in `passages`, the steps whose passages are put in place of its own.
 
     Steps with exactly the same passages are never drawn. Draws are from the distinct passages of the pool, each as
-    likely however many rollouts found them, without replacement; from a pool of fewer than `num_random` they are with
-    replacement, and a step for which `pool="other_questions"` holds nothing draws from the
-    whole batch. Each draw is a hash of (seed, step, question id, context, search, draw), so that neither the order of
-    the batch nor other draws change it, and steps of a question with the same context are held against the same
-    passages.
+    likely however many rollouts found them, without replacement; from a pool of fewer than `num_random` they are
+    with replacement, and a step for which `pool="other_questions"` holds nothing draws from the whole batch. Each
+    draw is a hash of (seed, step, question id, context, search, draw), so that neither the order of the batch nor
+    other draws change it, and steps of a question with the same context are held against the same passages.
 
     Args:
         rollouts: of the batch.

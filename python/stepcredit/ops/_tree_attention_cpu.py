@@ -67,12 +67,15 @@ def attend(
     key, value = (x.transpose(0, 1).contiguous() for x in (k, v))  # [Hkv, T, D]
     if softcap is not None and not narrow:
         key, value = key.to(wide), value.to(wide)
-    for tile in plan(*(t.numpy().tobytes() for t in (cu_segments, cu_ranges, ranges)), window):
+    tiles = plan(*(t.numpy().tobytes() for t in (cu_segments, cu_ranges, ranges)), window)
+    seen = SideBySide((key, value), room=max((sum(b - a for a, b in tile.keys) for tile in tiles), default=0))
+    for tile in tiles:
         rows = slice(tile.start, tile.stop)
         query = q[rows].transpose(0, 1)
-        keys, values, places = (_gather(x, tile.keys, dim) for x, dim in ((key, 1), (value, 1), (positions, 0)))
+        keys, values = seen.of(tile.keys)
         bias = tile.own
         if window is not None:
+            places = torch.cat([positions[start:stop] for start, stop in tile.keys])
             bias = _widened(bias, len(places))
             bias.masked_fill_(positions[rows, None] - places >= window, -math.inf)
         if softcap is not None or (narrow and len(query) * query.shape[1] * keys.shape[1] <= SCORES):
@@ -84,6 +87,37 @@ def attend(
             )[0][0]
         out[rows] = result.transpose(0, 1)
     return out
+
+
+class SideBySide:
+    """Rows of tensors from several ranges, one after the other. What a call has in common with the one before, from the
+    first range on, is not copied again: leaves that fork at one point share a copy of their trunk.
+
+    Args:
+        sources: tensors [H, T, D].
+        room: most rows of a call.
+    """
+
+    def __init__(self, sources: Sequence[Tensor], room: int) -> None:
+        self._sources = sources
+        self._copies = [source.new_empty(source.shape[0], room, source.shape[2]) for source in sources]
+        self._held: tuple[tuple[int, int], ...] = ()
+
+    def of(self, ranges: tuple[tuple[int, int], ...]) -> list[Tensor]:
+        """[H, rows, D] of each source, good until the next call."""
+        if len(ranges) == 1:
+            return [source[:, slice(*ranges[0])] for source in self._sources]
+        at, same = 0, True
+        for number, (start, stop) in enumerate(ranges):
+            first = start
+            if same and number < len(self._held) and self._held[number][0] == start:
+                first = min(stop, self._held[number][1])
+            same = same and self._held[number : number + 1] == ((start, stop),)
+            for source, copy in zip(self._sources, self._copies, strict=True):
+                copy[:, at + first - start : at + stop - start] = source[:, first:stop]
+            at += stop - start
+        self._held = ranges
+        return [copy[:, :at] for copy in self._copies]
 
 
 # Keyed by what the layout holds, so that the layers of a model share a plan and none can be stale.
@@ -143,11 +177,6 @@ def _joined(path: Sequence[tuple[int, int]], drop: int) -> tuple[tuple[int, int]
         else:
             joined.append((begin, stop))
     return tuple(joined)
-
-
-def _gather(x: Tensor, ranges: tuple[tuple[int, int], ...], dim: int) -> Tensor:
-    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _widened(own: Tensor, keys: int) -> Tensor:

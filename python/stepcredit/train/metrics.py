@@ -70,7 +70,7 @@ GLOSSARY: dict[str, str] = {
     "ig/tokens_<part>": "tokens forwarded for the gain: trunk, real leaves, counterfactual leaves",
     "ig/seconds": "seconds of the counterfactual scoring",
     "tokens_rollout, tokens_credit, tokens_update": "tokens_forwarded of a GRPO step by part",
-    "tokens_forwarded": "real (not padding) tokens run forward through the model",
+    "tokens_forwarded": "real (not padding) tokens run forward through the model, without an audit's separate forwards",
     "seconds": "wall-clock seconds of this line's step",
     "seconds_rollout": "of which sampling rollouts, retrieval included",
     "seconds_retrieval": "of which waiting for the retriever",
