@@ -33,8 +33,7 @@ def compressed(rows, width=WIDTH):
     """Cosines between .7 and .9, as E5's are."""
     common = normal(1, width, 9)
     vectors = torch.nn.functional.normalize(common / common.norm() + 0.5 * normal(rows, width) / width**0.5)
-    cosines = vectors[:100] @ vectors[100:300].T
-    assert 0.6 < cosines.min() < cosines.max() < 0.95
+    assert 0.7 < (vectors[:100] @ vectors[100:300].T).median() < 0.9
     return vectors
 
 
@@ -74,7 +73,7 @@ def test_hits_are_those_of_scores_summed_in_double(name, dtype, monkeypatch):
         assert torch.equal(hits.ids, ids), k
         assert torch.equal(hits.scores, scores), k
         assert (hits.rescored >= min(k, len(vectors))).all()
-        assert (hits.rescored <= 2 * len(vectors)).all()
+        assert (hits.rescored <= len(vectors)).all()
 
 
 @pytest.mark.parametrize("path", LEVELS)

@@ -86,8 +86,7 @@ __attribute__((target("avx2"))) void multiply_avx2(const uint8_t* block, const i
       const __m256i query = _mm256_set1_epi32(four(queries[c], g));
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const __m256i rows =
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + (g * kVectors + v) * 32));
+        const __m256i rows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + (g * kVectors + v) * 32));
         sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(_mm256_maddubs_epi16(rows, query), ones));
       }
     }
@@ -103,8 +102,12 @@ struct Kernels {
   Multiply by_count[kQueries];  // for 1 to kQueries queries
 };
 
-#define STEPCREDIT_KERNELS(name) \
-  Kernels { {name<1>, name<2>, name<3>, name<4>, name<5>, name<6>} }
+#define STEPCREDIT_KERNELS(name)                           \
+  Kernels {                                                \
+    {                                                      \
+      name<1>, name<2>, name<3>, name<4>, name<5>, name<6> \
+    }                                                      \
+  }
 
 Kernels kernels(Int8Path path) {
 #if defined(__x86_64__) && defined(__linux__)
@@ -149,9 +152,10 @@ struct Seen {
   }
 };
 
-// Bounds of the scores of one block for one query, and into `seen` what reaches its bar: comparisons are negated, so that
-// a bound that overflowed to NaN excludes nothing.
-STEPCREDIT_CLONES void screen(const CertifiedSearchParams& p, int64_t q, int64_t first, const int32_t* sums, Seen& seen) {
+// Bounds of the scores of one block for one query, and into `seen` what reaches its bar: comparisons are negated, so
+// that a bound that overflowed to NaN excludes nothing.
+STEPCREDIT_CLONES void screen(const CertifiedSearchParams& p, int64_t q, int64_t first, const int32_t* sums,
+                              Seen& seen) {
   const int64_t count = std::min<int64_t>(kRows, p.num_passages - first);
   const int32_t offset = p.query_offset[q];
   const float scale = p.query_scale[q], left_out = p.query_error[q], length = p.query_norm[q];
@@ -307,7 +311,8 @@ void quantize_cpu(const QuantizeParams& p) {
 }
 
 void exact_scores_cpu(const ExactScoresParams& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_queries * p.count * p.width > kParallelMinimum)
+#pragma omp parallel for num_threads(p.threads) \
+    schedule(static) if (p.num_queries * p.count * p.width > kParallelMinimum)
   for (int64_t i = 0; i < p.num_queries * p.count; ++i) {
     const float* query = p.queries + i / p.count * p.width;
     p.scores[i] = static_cast<float>(dot(query, p.vectors + p.ids[i] * p.width, p.width));

@@ -101,7 +101,8 @@ def read(folder: Path) -> tuple[Vectors, Int8Rows | None]:
     blocks, groups = -(-count // BLOCK), -(-width // GROUP)
     rows = _mapped(folder / ROWS, torch.uint8, (blocks, groups, BLOCK, GROUP))
     bounds = _mapped(folder / BOUNDS, torch.float32, (3 * blocks * BLOCK + width,))
-    return vectors, Int8Rows(rows, *bounds.split([blocks * BLOCK] * 3 + [width]), num_rows=count)
+    scale, error, norm, centre = bounds.split([blocks * BLOCK] * 3 + [width])
+    return vectors, Int8Rows(rows, scale, error, norm, centre, count)
 
 
 def verify(folder: Path) -> None:
@@ -144,7 +145,7 @@ def _checksum(path: Path) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data
 
 
 def _slices(

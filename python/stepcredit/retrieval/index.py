@@ -133,36 +133,23 @@ class DenseIndex:
         queries, k = queries.contiguous(), min(k, len(self))
         if self._rows is not None:
             return certified_search(queries, self._rows, None if allow_approximate else self.vectors, k)
-        if not len(queries):
-            empty = torch.zeros(0, k, device=queries.device)
-            return DenseHits(empty, empty.long(), empty.new_zeros(0, dtype=torch.int64))
+        shape = (len(queries), k)
         out = DenseHits(
-            torch.empty(len(queries), k, device=queries.device),
-            torch.empty(len(queries), k, dtype=torch.int64, device=queries.device),
-            torch.zeros(len(queries), dtype=torch.int64, device=queries.device),
+            torch.empty(shape, device=self.device),
+            torch.empty(shape, dtype=torch.int64, device=self.device),
+            torch.empty(shape[0], dtype=torch.int64, device=self.device),
         )
-        # What rounding can change a sum of D products by, in any order (Higham 2002, section 3.1), twice.
-        reach = 2 * self.width * 2.0**-24 * queries.double().norm(dim=1) * self._longest
-        left = torch.arange(len(queries), device=queries.device)
-        spare = SPARE
+        left, spare = torch.arange(len(queries), device=self.device), SPARE
         while len(left):
-            count = min(k + spare, len(self), MAX_K)
-            rough, ids = self._rough(queries[left], count)
-            scores = self._exact(queries[left], ids)
-            ids, order = ids.sort(dim=1)
-            scores, best = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-            ids = ids.gather(1, best)
-            sure = rough[:, -1].double() + reach[left] < scores[:, k - 1].double()
-            if count in (len(self), MAX_K):
-                sure |= count == len(self)
-                for row in (~sure).nonzero()[:, 0].tolist() if count == MAX_K else []:
-                    scores[row, :k], ids[row, :k] = self._everything(queries[left[row]], k)
-                    out.rescored[left[row]] += len(self)
-                    sure[row] = True
-            out.rescored[left] += count
+            count = min(k + spare, len(self))
+            if count <= MAX_K:
+                scores, ids, sure = self._best_of(queries[left], k, count)
+            else:
+                count = len(self)
+                scores, ids, sure = self._best_of_all(queries[left], k)
             done = left[sure]
-            out.scores[done], out.ids[done] = scores[sure, :k], ids[sure, :k]
-            left, spare = left[~sure], spare * 4
+            out.scores[done], out.ids[done], out.rescored[done] = scores[sure], ids[sure], count
+            left, spare = left[~sure], 4 * spare
         return out
 
     def check(self, queries: Tensor, k: int) -> None:
@@ -178,6 +165,17 @@ class DenseIndex:
         if not bool(queries.isfinite().all()):
             row = int((~queries.isfinite().all(dim=1)).nonzero()[0])
             raise ValueError(f"queries[{row}] is not finite")
+
+    def _best_of(self, queries: Tensor, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The k best of the `count` rows that are best in working precision, [Q, k] scores and ids, and whether they
+        are the k best of all [Q]."""
+        rough, ids = self._rough(queries, count)
+        ids, _ = ids.sort(dim=1)
+        scores, best = self._exact(queries, ids).sort(dim=1, descending=True, stable=True)
+        # What rounding can change a sum of D products by, in any order (Higham 2002, section 3.1), for both sides.
+        reach = 2 * self.width * 2.0**-24 * queries.double().norm(dim=1) * self._longest
+        sure = rough[:, -1].double() + reach < scores[:, k - 1].double()
+        return scores[:, :k], ids.gather(1, best)[:, :k], sure | (count == len(self))
 
     def _rough(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """`count` rows of largest inner product, in working precision."""
@@ -197,10 +195,14 @@ class DenseIndex:
         chosen = self.vectors[ids].double()
         return torch.einsum("qd,qnd->qn", queries.double(), chosen).float()
 
-    def _everything(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best of all rows for one query [D], each computed: for when more rows than can be looked at in one go
-        have the score of the last hit."""
-        ids = torch.arange(len(self), device=query.device)
-        scores = torch.cat([self._exact(query[None], part[None])[0] for part in ids.split(SLICE)])
-        scores, best = scores.sort(descending=True, stable=True)
-        return scores[:k], best[:k]
+    def _best_of_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of all rows, each computed: for when more rows than can be looked at in one go have the score of the
+        last hit."""
+        found = []
+        ids = torch.arange(len(self), device=self.device)
+        for query in queries:
+            scores = torch.cat([self._exact(query[None], part[None])[0] for part in ids.split(SLICE)])
+            scores, best = scores.sort(descending=True, stable=True)
+            found.append((scores[:k], best[:k]))
+        scores, best = (torch.stack(column) for column in zip(*found, strict=True))
+        return scores, best, torch.ones(len(queries), dtype=torch.bool, device=self.device)
