@@ -13,6 +13,10 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
             for n in (1, 3, 8)
         },
     },
+    "dense_index": {
+        "small": {"queries": 16, "passages": 20_000, "width": 64},
+        **{f"{q}-queries-1M": {"queries": q, "passages": 1_000_000, "width": 768} for q in (1, 16, 64, 256)},
+    },
     "gather_logprobs": {
         "small": {"rows": 256, "width": 64, "vocabulary": 1003},
         # The head of SmolLM2-135M on the policy tokens of a few rollouts.

@@ -105,6 +105,48 @@ void topk_search(Pointer tile, int64_t rows, int64_t num_queries, int64_t first_
                                                            at<float>(scores), at<int64_t>(ids), threads});
 }
 
+void quantize(Pointer vectors, Pointer centre, Pointer rows, Pointer scale, Pointer error, Pointer norm,
+              int64_t num_passages, int64_t width, int64_t groups, int threads) {
+  stepcredit::quantize_cpu({at<const float>(vectors), at<const float>(centre), at<uint8_t>(rows), at<float>(scale),
+                            at<float>(error), at<float>(norm), num_passages, width, groups, threads});
+}
+
+void certified_search(Pointer rows, Pointer scale, Pointer error, Pointer norm, Pointer queries, Pointer query_scale,
+                      Pointer query_error, Pointer query_norm, Pointer query_mean, Pointer query_offset,
+                      Pointer exact_queries, Pointer vectors, Pointer scores, Pointer ids, Pointer rescored,
+                      int64_t num_queries, int64_t num_passages, int64_t width, int64_t groups, int64_t k, bool exact,
+                      int path, int threads) {
+  stepcredit::certified_search_cpu({at<const uint8_t>(rows),
+                                    at<const float>(scale),
+                                    at<const float>(error),
+                                    at<const float>(norm),
+                                    at<const int8_t>(queries),
+                                    at<const float>(query_scale),
+                                    at<const float>(query_error),
+                                    at<const float>(query_norm),
+                                    at<const float>(query_mean),
+                                    at<const int32_t>(query_offset),
+                                    at<const float>(exact_queries),
+                                    at<const float>(vectors),
+                                    at<float>(scores),
+                                    at<int64_t>(ids),
+                                    at<int64_t>(rescored),
+                                    num_queries,
+                                    num_passages,
+                                    width,
+                                    groups,
+                                    k,
+                                    exact,
+                                    static_cast<stepcredit::Int8Path>(path),
+                                    threads});
+}
+
+void exact_scores(Pointer queries, Pointer vectors, Pointer ids, Pointer scores, int64_t num_queries, int64_t count,
+                  int64_t width, int threads) {
+  stepcredit::exact_scores_cpu({at<const float>(queries), at<const float>(vectors), at<const int64_t>(ids),
+                                at<float>(scores), num_queries, count, width, threads});
+}
+
 void bf16_product(Pointer left, Pointer right, Pointer out, int64_t rows, int64_t cols, int64_t depth, int threads) {
   stepcredit::bf16_product_cpu(stepcredit::Bf16ProductParams{at<const uint16_t>(left), at<const uint16_t>(right),
                                                              at<float>(out), rows, cols, depth, threads});
@@ -180,4 +222,15 @@ PYBIND11_MODULE(_C, m) {
   bind_float<double>(m, "_f64");
   m.def("topk_search_cpu", &topk_search, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("tile"),
         arg("rows"), arg("num_queries"), arg("first_id"), arg("k"), arg("scores"), arg("ids"), arg("threads"));
+  m.attr("int8_path") = static_cast<int>(stepcredit::int8_path());
+  m.def("quantize_cpu", &quantize, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("vectors"),
+        arg("centre"), arg("rows"), arg("scale"), arg("error"), arg("norm"), arg("num_passages"), arg("width"),
+        arg("groups"), arg("threads"));
+  m.def("certified_search_cpu", &certified_search, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("rows"),
+        arg("scale"), arg("error"), arg("norm"), arg("queries"), arg("query_scale"), arg("query_error"),
+        arg("query_norm"), arg("query_mean"), arg("query_offset"), arg("exact_queries"), arg("vectors"), arg("scores"),
+        arg("ids"), arg("rescored"), arg("num_queries"), arg("num_passages"), arg("width"), arg("groups"), arg("k"),
+        arg("exact"), arg("path"), arg("threads"));
+  m.def("exact_scores_cpu", &exact_scores, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("queries"),
+        arg("vectors"), arg("ids"), arg("scores"), arg("num_queries"), arg("count"), arg("width"), arg("threads"));
 }

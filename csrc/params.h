@@ -60,6 +60,60 @@ struct TopkSearchParams {
   int threads;
 };
 
+// Passages of a block of 8-bit rows.
+constexpr int kInt8Block = 64;
+
+// How 8-bit products are computed: by AVX-512 VNNI, by AVX2 (which takes queries of 7 bits), or by plain loops.
+enum class Int8Path : int { kPlain = 0, kAvx2 = 1, kVnni = 2 };
+
+// Passages as 8-bit rows: passage - centre = scale * row + what is left out. Everything is contiguous; groups are of
+// four components, the last one filled up with zeros, and blocks of kInt8Block passages likewise.
+struct QuantizeParams {
+  const float* vectors;  // [num_passages, width]
+  const float* centre;   // [width]
+  uint8_t* rows;         // [blocks, groups, kInt8Block, 4], row + 128
+  float* scale;          // [blocks * kInt8Block]
+  float* error;          // [blocks * kInt8Block], at least the length of what is left out
+  float* norm;           // [blocks * kInt8Block], at least the length of scale * row
+  int64_t num_passages, width, groups;
+  int threads;
+};
+
+// The k passages of largest inner product: 8-bit products bound every score, and those whose upper bound reaches the
+// k-th lower bound are computed from the vectors themselves.
+struct CertifiedSearchParams {
+  const uint8_t* rows;          // as in QuantizeParams
+  const float* scale;           // [blocks * kInt8Block]
+  const float* error;           // [blocks * kInt8Block]
+  const float* norm;            // [blocks * kInt8Block]
+  const int8_t* queries;        // [num_queries, groups * 4]
+  const float* query_scale;     // [num_queries]
+  const float* query_error;     // [num_queries], at least the length of what queries leave out
+  const float* query_norm;      // [num_queries], at least the length of the query
+  const float* query_mean;      // [num_queries], inner product with the centre
+  const int32_t* query_offset;  // [num_queries], 128 * the sum of the query's row
+  const float* exact_queries;   // [num_queries, width]
+  const float* vectors;         // [num_passages, width]; not read unless exact
+  float* scores;                // [num_queries, k], best first
+  int64_t* ids;                 // [num_queries, k]
+  int64_t* rescored;            // [num_queries], scores computed from vectors
+  int64_t num_queries, num_passages, width, groups;
+  int64_t k;   // at most num_passages
+  bool exact;  // false: rank by the 8-bit products
+  Int8Path path;
+  int threads;
+};
+
+// Inner products summed in double, rounded to float32.
+struct ExactScoresParams {
+  const float* queries;  // [num_queries, width]
+  const float* vectors;  // [passages, width]
+  const int64_t* ids;    // [num_queries, count]
+  float* scores;         // [num_queries, count]
+  int64_t num_queries, count, width;
+  int threads;
+};
+
 // out = left @ right^T in float32, everything contiguous; depth is even.
 struct Bf16ProductParams {
   const uint16_t* left;   // [rows, depth] bfloat16

@@ -13,6 +13,11 @@ void information_gain_cpu(const InformationGainParams<double>& p);
 
 void topk_search_cpu(const TopkSearchParams& p);
 
+Int8Path int8_path();  // the fastest that this processor has
+void quantize_cpu(const QuantizeParams& p);
+void certified_search_cpu(const CertifiedSearchParams& p);
+void exact_scores_cpu(const ExactScoresParams& p);
+
 bool bf16_product_available();  // does this processor have the instruction
 void bf16_product_cpu(const Bf16ProductParams& p);
 

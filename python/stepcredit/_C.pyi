@@ -1,6 +1,7 @@
 # Stub of the C++ extension (csrc/bindings.cpp), checked by stubtest. Arguments are addresses from Tensor.data_ptr().
 has_cuda: bool
 has_bf16_product: bool
+int8_path: int  # 0 plain, 1 AVX2, 2 AVX-512 VNNI
 
 def masked_advantages_f32(
     *,
@@ -108,5 +109,55 @@ def bf16_product_cpu(
     rows: int,
     cols: int,
     depth: int,
+    threads: int,
+) -> None: ...
+def quantize_cpu(
+    *,
+    vectors: int,
+    centre: int,
+    rows: int,
+    scale: int,
+    error: int,
+    norm: int,
+    num_passages: int,
+    width: int,
+    groups: int,
+    threads: int,
+) -> None: ...
+def certified_search_cpu(
+    *,
+    rows: int,
+    scale: int,
+    error: int,
+    norm: int,
+    queries: int,
+    query_scale: int,
+    query_error: int,
+    query_norm: int,
+    query_mean: int,
+    query_offset: int,
+    exact_queries: int,
+    vectors: int,
+    scores: int,
+    ids: int,
+    rescored: int,
+    num_queries: int,
+    num_passages: int,
+    width: int,
+    groups: int,
+    k: int,
+    exact: bool,
+    path: int,
+    threads: int,
+) -> None: ...
+def exact_scores_cpu(
+    *,
+    queries: int,
+    vectors: int,
+    ids: int,
+    scores: int,
+    num_queries: int,
+    count: int,
+    width: int,
     threads: int,
 ) -> None: ...

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from stepcredit.retrieval import Hits, Passage, check_corpus, check_search, collect_hits
 from stepcredit.retrieval.encoder import Encoder
 from stepcredit.retrieval.index import DenseIndex
+from stepcredit.retrieval.int8 import DenseHits
+
+
+class VectorIndex(Protocol):
+    """What finds vectors: `index.DenseIndex`, `sharded.ShardedIndex`, `faiss.FaissIndex`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries have to be."""
+        ...
+
+    def search(self, queries: Tensor, k: int) -> DenseHits:
+        """The min(k, P) rows of largest inner product with each of the float32 queries [Q, D]."""
+        ...
 
 
 class DenseRetriever:
-    """An encoder and an exact index over a corpus held in memory.
+    """An encoder and an index of a corpus.
 
     Args:
         passages: the corpus; ids unique, at least one passage.
-        encoder: encodes the queries, and the passages unless `vectors` is given.
-        vectors: [P, D] float32, what `encoder.encode_passages(passages)` returned earlier; encoding a corpus takes
-            minutes, so keep it (`retriever.index.vectors`).
+        encoder: encodes the queries, and the passages unless `index` is given.
+        index: of the passages' vectors, row by row; None: an exact one in memory, of what the encoder makes of the
+            passages, which takes minutes for a large corpus.
         progress: called with the number of passages encoded since its last call.
 
     Raises:
-        ValueError: empty corpus, repeated id, or `vectors` that do not fit `passages` and `encoder`.
+        ValueError: empty corpus, repeated id, or an index that does not fit `passages` and `encoder`.
     """
 
     def __init__(
@@ -30,20 +53,20 @@ class DenseRetriever:
         passages: Sequence[Passage],
         encoder: Encoder,
         *,
-        vectors: Tensor | None = None,
+        index: VectorIndex | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.passages = check_corpus(passages)
         self.encoder = encoder
         expected = (len(self.passages), encoder.width)
-        if vectors is None:
-            vectors = encoder.encode_passages(self.passages, progress)
-        elif tuple(vectors.shape) != expected:
-            raise ValueError(f"vectors has shape {tuple(vectors.shape)}; these passages and encoder need {expected}")
-        self.index = DenseIndex(vectors)
+        if index is not None and (len(index), index.width) != expected:
+            raise ValueError(
+                f"index has {len(index)} rows of {index.width}; these passages and encoder need {expected}"
+            )
+        self.index: VectorIndex = index or DenseIndex.build(encoder.encode_passages(self.passages, progress))
 
     def search(self, queries: Sequence[str], k: int) -> Hits:
         """The `k` best passages of every query; scores are inner products. Errors as in `Retriever.search`."""
         check_search(queries, k)
-        scores, rows = self.index.search(self.encoder.encode_queries(queries).to(self.index.vectors.device), k)
-        return collect_hits(self.passages, scores.cpu().numpy(), rows.cpu().numpy())
+        hits = self.index.search(self.encoder.encode_queries(queries).to(self.index.device), k)
+        return collect_hits(self.passages, hits.scores.cpu().numpy(), hits.ids.cpu().numpy())
