@@ -127,6 +127,16 @@ def git(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def commit_name() -> str:
+    """What is measured: the commit of this checkout, "-dirty" where anything but results differs from it; outside of a
+    checkout what STEPCREDIT_COMMIT says, else "unknown"."""
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit is None:
+        return os.environ.get("STEPCREDIT_COMMIT", "unknown")
+    changed = git("status", "--porcelain", "--", str(ROOT), f":(exclude){BENCHES / 'results'}")
+    return commit.strip() + ("-dirty" if changed else "")
+
+
 def measure(op: str, *, quick: bool, only: str | None = None) -> dict[str, Any] | None:
     """pytest-benchmark's dump for one op, None when a benchmark failed; pytest has printed why."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get(name) and not options.quick:
             parser.error(f"results measured under {name}={os.environ[name]} must not be kept: unset it or use --quick")
 
-    # Before anything is written, which would make the checkout differ from its commit.
-    commit = (
-        git("describe", "--always", "--dirty", "--exclude=*") or os.environ.get("STEPCREDIT_COMMIT", "unknown")
-    ).strip()
+    commit = commit_name()
     failed = []
     for op in [options.op] if options.op else ops:
         dump = measure(op, quick=options.quick, only=options.only)
