@@ -12,7 +12,7 @@ from stepcredit.retrieval.index import DenseIndex
 
 
 class DenseRetriever:
-    """An encoder and an exact index over a corpus held in memory.
+    """An encoder and an exact index over a corpus.
 
     Args:
         passages: the corpus; ids unique, at least one passage.
