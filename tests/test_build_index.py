@@ -310,6 +310,15 @@ def test_bad_arguments(words, message, corpus, index, model_dir, capsys):
     assert not index.exists()
 
 
+def test_an_interruption_is_one_line(corpus, index, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "write_store", interrupted)
+    assert main(["build", str(corpus), "--out", str(index)]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on\n"
+
+
 def test_help_and_unknown_commands(capsys):
     for words, code in ((["--help"], 0), (["build", "--help"], 0), ([], 2), (["serv"], 2)):
         with pytest.raises(SystemExit) as exit_code:

@@ -363,6 +363,7 @@ def test_changed_bytes_are_seen(build, name):
         (None, FileNotFoundError, "holds no index: there is no .*manifest.json"),
         ("{", ValueError, "is not the manifest of an index: JSONDecodeError"),
         ("[]", ValueError, "is not the manifest of an index: TypeError"),
+        ('{"format": "stepcredit-index", "version": 1}', ValueError, "is not the manifest of an index: KeyError"),
         ('{"format": "stepcredit-index", "version": 2}', ValueError, r"is of format \('stepcredit-index', 2\)"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +62,19 @@ def run(command: str, options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     from stepcredit.retrieval.building import build_index
 
-    manifest = build_index(
-        options.corpus,
-        options.out,
-        encoder=_encoder(options),
-        dtype=options.dtype or "float32",
-        bm25=options.bm25,
-        replace_invalid=options.replace_invalid,
-        reporter=Reporter(),
-    )
+    try:
+        manifest = build_index(
+            options.corpus,
+            options.out,
+            encoder=_encoder(options),
+            dtype=options.dtype or "float32",
+            bm25=options.bm25,
+            replace_invalid=options.replace_invalid,
+            reporter=Reporter(),
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     print("\n".join(_describe(manifest)))
     return 0
 
@@ -106,31 +112,37 @@ def _inspect(directory: Path, verify: bool) -> int:
     state = "complete" if finished else "unfinished; the same build command goes on"
     print(f"{directory}: {state}{', and a build is adding to it' if finished and under_way else ''}")
     print("\n".join(_describe(manifest)))
-    damaged = 0
+    verdicts = _verdicts(directory, manifest, verify) if finished else {}
     for name, recorded in manifest["files"].items():
-        verdict = "written so far"
-        if finished:
-            try:
-                verdict = _check(directory, manifest, name, recorded["bytes"], verify)
-            except ValueError as error:
-                verdict, damaged = f"DAMAGED: {error}", damaged + 1
+        verdict = verdicts.get(name, "so far")
         print(f"{name!r}: {recorded['bytes']:,} bytes, sha256 {recorded['sha256']}: {verdict}")
+    damaged = any(verdict.startswith("DAMAGED") for verdict in verdicts.values())
     if finished and not damaged:
         store = PassageStore(directory)
         for row in sorted({0, len(store) // 2, len(store) - 1}):
             passage = store[row]
             print(f"passage {row}: id {passage.id!r}, title {passage.title!r}, text {_shorten(passage.text)}")
-    return 1 if damaged else 0
+    return int(damaged)
 
 
-def _check(directory: Path, manifest: Manifest, name: str, size: int, verify: bool) -> str:
-    """What is known of a file that is not damaged."""
-    if not verify:
-        check_size(directory, manifest, name)
-        return "size as written (--verify compares the checksum)"
-    with progress_task(Reporter(), f"reading {name}", size, "bytes") as pace:
-        check_content(directory, manifest, name, pace)
-    return "as written"
+def _verdicts(directory: Path, manifest: Manifest, verify: bool) -> dict[str, str]:
+    """What a look at each file, or with `verify` a reading of it, says."""
+    files: dict[str, Any] = manifest["files"]
+    verdicts = {}
+    with ExitStack() as stack:
+        if verify:
+            total = sum(recorded["bytes"] for recorded in files.values())
+            pace = stack.enter_context(progress_task(Reporter(), "reading", total, "bytes"))
+        for name in files:
+            try:
+                if verify:
+                    check_content(directory, manifest, name, pace)
+                else:
+                    check_size(directory, manifest, name)
+                verdicts[name] = "as written" if verify else "size as written (--verify compares the checksum)"
+            except ValueError as error:
+                verdicts[name] = f"DAMAGED: {error}"
+    return verdicts
 
 
 def _describe(manifest: Manifest) -> Iterator[str]:

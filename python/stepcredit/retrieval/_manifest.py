@@ -57,6 +57,8 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
     try:
         manifest = json.loads(path.read_bytes())
         found = (manifest["format"], manifest["version"])
+        if found == (FORMAT, VERSION):
+            manifest["source"], manifest["passages"]["count"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the manifest of an index: {error!r}") from error
     if found != (FORMAT, VERSION):
