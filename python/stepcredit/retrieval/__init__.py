@@ -1,17 +1,30 @@
 """What a policy searches: passages, hits, and the one method every search engine here has.
 
 The engines live in their own modules, so that importing this one costs nothing:
-`bm25.BM25Retriever` (words), `dense.DenseRetriever` (an `encoder.Encoder` and an `index.DenseIndex`).
+`bm25.BM25Retriever` (words), `dense.DenseRetriever` (an `encoder.Encoder` and an `index.DenseIndex`). A corpus can be a
+list, or a `store.PassageStore` on disk, which `python -m stepcredit.retrieval build` makes and `open_index` opens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from stepcredit.retrieval.directory import open_index as open_index
+else:
+
+    def __getattr__(name: str) -> object:
+        # Opening an index imports torch.
+        if name == "open_index":
+            from stepcredit.retrieval.directory import open_index
+
+            return open_index
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +76,15 @@ class Retriever(Protocol):
         ...
 
 
-def check_corpus(passages: Sequence[Passage]) -> list[Passage]:
-    """The passages as a list of one's own. Raises ValueError when there is none, or an id occurs twice."""
+def check_corpus(passages: Sequence[Passage]) -> Sequence[Passage]:
+    """The passages as a list of one's own, or the `PassageStore` they are in, which cannot change.
+
+    Raises ValueError when there is none, or an id occurs twice.
+    """
+    from stepcredit.retrieval.store import PassageStore
+
+    if isinstance(passages, PassageStore):  # its build checked it, and it may be larger than the memory
+        return passages
     if len(passages) == 0:
         raise ValueError("passages is empty: a corpus needs at least one passage")
     seen: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from stepcredit.retrieval import Hits, Passage, check_corpus, check_search, coll
 
 
 class BM25Retriever:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over the titles and texts of a corpus held in memory.
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over the titles and texts of a corpus.
 
     Words are lower-cased runs of two or more word characters, without the language's stop words, stemmed by
     PyStemmer. Scores are sums of term weights, at least 0. A passage that shares no term with the query scores
@@ -34,24 +35,49 @@ class BM25Retriever:
     """
 
     def __init__(self, passages: Sequence[Passage], language: str = "english") -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise ImportError("BM25Retriever needs the package bm25s: pip install 'stepcredit[retrieval]'") from error
-        self.passages = check_corpus(passages)
-        self.language = language
-        self._tokenize = bm25s.tokenize
-        self._stemmer = _stemmer(language)
+        self._begin(passages, language)
         words = self._tokenize(
-            [passage.contents for passage in self.passages],
+            (passage.contents for passage in self.passages),
             stopwords=language,
             stemmer=self._stemmer,
             show_progress=False,
         )
         if not words.vocab:
             raise ValueError(f"passages: none of the {len(self.passages)} passages holds a word that BM25 can index")
-        self._index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+        self._index = require_bm25s().BM25(method="lucene", k1=1.5, b=0.75)
         self._index.index(words, show_progress=False)
+
+    @classmethod
+    def load(
+        cls, directory: Path, passages: Sequence[Passage], *, language: str = "english", stemmed: bool = True
+    ) -> BM25Retriever:
+        """The retriever whose `save` wrote `directory`, over the same passages; what it weighs stays on disk.
+
+        Raises ValueError where `passages` are not as many, or words can now not be stemmed as they were.
+        """
+        retriever = cls.__new__(cls)
+        retriever._begin(passages, language)
+        if retriever.stemmed != stemmed:
+            raise ValueError(
+                f"{directory} was written {'with' if stemmed else 'without'} PyStemmer, which is now "
+                f"{'missing: pip install PyStemmer' if stemmed else 'installed: words would not match'}"
+            )
+        retriever._index = require_bm25s().BM25.load(directory, mmap=True, show_progress=False)
+        count = retriever._index.scores["num_docs"]
+        if count != len(passages):
+            raise ValueError(f"{directory} indexes {count} passages, not {len(passages)}")
+        return retriever
+
+    def save(self, directory: Path) -> None:
+        """Write what `load` reads. The passages are not in it."""
+        self._index.save(directory, show_progress=False)
+
+    def _begin(self, passages: Sequence[Passage], language: str) -> None:
+        self._tokenize = require_bm25s().tokenize
+        self.passages = check_corpus(passages)
+        self.language = language
+        self._stemmer = _stemmer(language)
+        self.stemmed = self._stemmer is not None
 
     def search(self, queries: Sequence[str], k: int) -> Hits:
         """The `k` best passages of every query. Errors as in `Retriever.search`."""
@@ -77,6 +103,15 @@ class BM25Retriever:
         return relevance
 
 
+def require_bm25s() -> Any:
+    """The package, or ImportError with the command that installs it."""
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("BM25Retriever needs the package bm25s: pip install 'stepcredit[retrieval]'") from error
+    return bm25s
+
+
 def _stemmer(language: str) -> Any:
     """PyStemmer's stemmer for `language`, or None (with a warning) when PyStemmer is not installed."""
     import bm25s
@@ -90,7 +125,7 @@ def _stemmer(language: str) -> Any:
     except ImportError:
         warnings.warn(
             "PyStemmer is not installed, so BM25 matches unstemmed words: pip install 'stepcredit[retrieval]'",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     if language not in Stemmer.algorithms():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal, TypedDict, get_args
+from pathlib import Path
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit.assets import resolve_model
 from stepcredit.retrieval import Passage
 
 Pooling = Literal["mean", "cls"]
@@ -60,13 +63,17 @@ class Encoder:
         max_length: tokens per text, prefix and special tokens included; what is longer is cut and counted in
             `truncated`.
         batch_size: texts per forward pass.
+        cached_queries: vectors of queries that are kept, of those asked for last, and given again; 0 keeps none. They
+            stay as they were when the model's weights change.
+        name: what an index says made its vectors; None takes the name that the model was loaded by.
 
     Attributes:
         truncated: how many texts were cut to `max_length` so far.
+        cache_hits: how many queries were answered without the model so far: kept, or repeated in one call.
 
     Raises:
-        ValueError: unknown pooling; `max_length` below 1 or beyond the model's positions; `batch_size` below 1; a
-            tokenizer with more tokens than the model has embeddings.
+        ValueError: unknown pooling; `max_length` below 1 or beyond the model's positions; `batch_size` below 1;
+            `cached_queries` below 0; a tokenizer with more tokens than the model has embeddings.
     """
 
     def __init__(
@@ -80,11 +87,15 @@ class Encoder:
         normalize: bool = True,
         max_length: int = 512,
         batch_size: int = 64,
+        cached_queries: int = 4096,
+        name: str | None = None,
     ) -> None:
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(get_args(Pooling))}")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if cached_queries < 0:
+            raise ValueError(f"cached_queries is {cached_queries}; it must be at least 0")
         positions = getattr(model.config, "max_position_embeddings", None)
         if max_length < 1 or (positions is not None and max_length > positions):
             raise ValueError(f"max_length is {max_length}; it must be at least 1 and at most the model's {positions}")
@@ -99,7 +110,30 @@ class Encoder:
         self.normalize = normalize
         self.max_length = max_length
         self.batch_size = batch_size
+        self.cached_queries = cached_queries
+        self.name = name or model.name_or_path
         self.truncated = 0
+        self.cache_hits = 0
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **fields: Any
+    ) -> Encoder:
+        """The encoder of a name or directory, as `assets.resolve_model` finds it.
+
+        Args:
+            name: recorded as the encoder's name; of a directory, its absolute path.
+            device, dtype: of the model.
+            fields: the other arguments of the constructor.
+
+        Raises OSError or ModuleNotFoundError when there is no such model; otherwise as the constructor.
+        """
+        source = resolve_model(name)
+        path = Path(name).expanduser()
+        model = AutoModel.from_pretrained(source, dtype=dtype).to(device)
+        known_as = str(path.resolve()) if path.is_dir() else name
+        return cls(model, AutoTokenizer.from_pretrained(source), name=known_as, **fields)
 
     @property
     def width(self) -> int:
@@ -107,8 +141,28 @@ class Encoder:
         return int(self.model.config.hidden_size)
 
     def encode_queries(self, queries: Sequence[str]) -> Tensor:
-        """Vectors of queries, [Q, D] float32."""
-        return self._encode([self.query_prefix + query for query in queries], None)
+        """Vectors of queries, [Q, D] float32.
+
+        A query that is kept gets the very vector it got before. (Encoded again, beside other queries, it could differ
+        in its last bits.)
+        """
+        asked = dict.fromkeys(queries)
+        new = [query for query in asked if query not in self._cache]
+        encoded = self._encode([self.query_prefix + query for query in new], None)
+        vectors = dict(zip(new, encoded, strict=True))
+        for query in asked:
+            if query not in vectors:
+                self._cache.move_to_end(query)
+                vectors[query] = self._cache[query]
+        if not asked:
+            return encoded
+        found = torch.stack([vectors[query] for query in queries])
+        self.cache_hits += len(queries) - len(new)
+        for query in new[-self.cached_queries :] if self.cached_queries else ():
+            self._cache[query] = vectors[query].clone()  # not a view, which would keep the whole batch
+        while len(self._cache) > self.cached_queries:
+            self._cache.popitem(last=False)
+        return found
 
     def encode_passages(self, passages: Sequence[Passage], progress: Callable[[int], None] | None = None) -> Tensor:
         """Vectors of passages (title and text), [P, D] float32.

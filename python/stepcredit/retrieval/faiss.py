@@ -54,6 +54,7 @@ class FaissIndex:
                 f"vectors is {whole.dtype} {tuple(whole.shape)}; it must be float32 [P, D] with at least one row"
             )
         index = faiss.index_factory(whole.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.omp_set_num_threads(torch.get_num_threads())
         if not index.is_trained:
             index.train(whole[:: max(1, len(whole) // train)].contiguous().numpy())
         for _, part in parts(whole):
