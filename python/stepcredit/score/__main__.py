@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from rich.console import Console
@@ -60,8 +60,8 @@ def load_scorer(name: str, protocol: str, device: torch.device, dtype: torch.dty
     """The scorer of a model: "smollm2", a directory, or a Hub name."""
     source = resolve_model(name)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
-    return PolicyScorer(model.eval(), tokenizer, protocol)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return PolicyScorer(model.to(device).eval(), tokenizer, protocol)
 
 
 def schema_text(name: str) -> str:

@@ -15,6 +15,9 @@ from stepcredit.rollout import Question, Rollout, Span, SpanKind
 from stepcredit.score.records import Record
 from stepcredit.scorer import PolicyScorer
 
+#: Many readers take these for ends of lines; in JSON they can only stand in strings.
+_SEPARATORS = {ord(separator): f"\\u{ord(separator):04x}" for separator in "\x85\u2028\u2029"}
+
 
 def to_rollout(record: Record, policy: PolicyScorer) -> Rollout:
     """The rollout of a line: its text read by `logs.rollout_from_text`, its mask by `padded.rollout_from_tokens`, its
@@ -85,7 +88,7 @@ def output_lines(
             },
             ensure_ascii=False,
             allow_nan=False,
-        )
+        ).translate(_SEPARATORS)
         for b, (record, rollout) in enumerate(zip(records, rollouts, strict=True))
     ]
 
