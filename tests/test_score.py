@@ -206,8 +206,6 @@ def test_what_is_not_the_run_that_was_stopped_is_refused(tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match=rf"{name} is there, but not its record"):
             score(tmp_path, records, window=4)
         assert (tmp_path / name).read_bytes() == b"mine\n"
-    with pytest.raises(FileNotFoundError, match="there is no directory"):
-        score(tmp_path, records, "absent/gains.jsonl", window=4)
 
 
 def test_two_runs_cannot_write_one_output(tmp_path):
@@ -334,6 +332,7 @@ def test_every_option_reaches_the_scoring(tmp_path, model_directory, monkeypatch
         ([], "rollouts is missing; --help"),
         (["x.jsonl", "--model", "smollm2"], "--out is missing"),
         (["x.jsonl", "--model", "smollm2", "--out", "y"], "x.jsonl: there is no such file"),
+        (["x", "--model", "smollm2", "--out", "absent/y"], "--out absent/y: there is no directory absent"),
         ([os.devnull, "--model", "smollm2", "--out", "y"], "is no regular file; a log is read twice"),
         (["x", "--model", "m", "--out", "y", "--num-random", "0"], "num_random must be at least 1, got 0"),
         (["x", "--model", "m", "--out", "y", "--window", "a"], "window must be an integer, got 'a'"),

@@ -40,11 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("rollouts", "model", "out"):
             if getattr(arguments, name) is None:
                 raise ValueError(f"{name if name == 'rollouts' else f'--{name}'} is missing; --help shows the usage")
-        options = _options(arguments)
+        options, out = _options(arguments), Path(arguments.out)
+        if not out.parent.is_dir():
+            raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}")
         device = resolve_device(options.device, "device")
         log = check_log(Path(arguments.rollouts), reporter)
         policy = load_scorer(arguments.model, options.protocol, device, resolve_dtype(options.dtype, device))
-        progress = score_log(log, Path(arguments.out), options, policy, reporter)
+        progress = score_log(log, out, options, policy, reporter)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -56,7 +56,7 @@ class Journal:
 
     Raises:
         ValueError: what is there is of another run, or is not what its record says.
-        OSError: what is there has no record, another process writes it, or its directory is not there.
+        OSError: what is there has no record, or another process writes it.
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any]) -> None:
@@ -69,8 +69,6 @@ class Journal:
         self._digest = sha256()
 
     def __enter__(self) -> Journal:
-        if not self.out.parent.is_dir():
-            raise FileNotFoundError(f"{self.out}: there is no directory {self.out.parent}")
         self._stream: IO[bytes] = open(self.out if self.done else self.partial, "rb" if self.done else "a+b")
         try:
             if not self.done:

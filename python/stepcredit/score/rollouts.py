@@ -68,7 +68,8 @@ def output_lines(
     columns = {name: _shortest(getattr(gains, name)) for name in ("gain", "real", "baseline", "counterfactual")}
     for s, (b, t) in enumerate(zip(gains.rollout.tolist(), gains.step.tolist(), strict=True)):
         rollout, query = rollouts[b], _query(rollouts[b], t)
-        step: dict[str, Any] = {"step": t, "query": policy.decode([i for a, z in query for i in rollout.tokens[a:z]])}
+        text = policy.decode([i for a, z in query for i in rollout.tokens[a:z]]).strip()
+        step: dict[str, Any] = {"step": t, "query": text}
         if not isinstance(records[b].response, str):
             step["query_tokens"] = [[a - rollout.prompt_length, z - rollout.prompt_length] for a, z in query]
         step |= {name: columns[name][s] for name in ("gain", "real", "baseline")}
