@@ -320,5 +320,5 @@ def test_importing_the_package_does_not_import_transformers():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(hasattr(stepcredit, name) for name in stepcredit.__all__)
-    with pytest.raises(AttributeError, match="module 'stepcredit' has no attribute 'score'"):
-        stepcredit.score  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'stepcredit' has no attribute 'scores'"):
+        stepcredit.scores  # noqa: B018

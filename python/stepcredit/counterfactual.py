@@ -45,6 +45,7 @@ class StepGains:
         scored: bool [S].
         counterfactual: float32 [S, N], that answer's counterfactual scores; NaN where there is none.
         draws: for each step, the (rollout, step) whose passages stand in; empty unless baseline="random".
+        reasons: for each step, why it is unscored, one of `branches.contexts.REASONS`; None where it is scored.
         counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "empty_answers" (gold
             answers of steps, left out because they have no tokens), "pool_size" (steps whose passages can be drawn),
             "pool_fallback", "pool_repeated", and why steps are unscored:
@@ -65,6 +66,7 @@ class StepGains:
     scored: torch.Tensor
     counterfactual: torch.Tensor
     draws: tuple[tuple[StepId, ...], ...]
+    reasons: tuple[str | None, ...]
     counts: dict[str, int]
     tokens_forwarded: dict[str, int]
     seconds: float
@@ -167,6 +169,7 @@ def score_steps(
     # Byte-level vocabularies hold " Paris" as a word and "Paris" as an odd one; policies write the former.
     space = "" if opening[-1:].isspace() else " "
     branches: dict[StepId, Branches] = {}
+    reasons: dict[StepId, str] = {}
     for key in steps:
         given = [policy.encode(space + text) for text in rollouts[key[0]].question.answers]
         answers = [ids for ids in given if ids][:max_variants]
@@ -174,7 +177,7 @@ def score_steps(
         others = [found[other].passages for other in drawn.get(key, ())]
         planned = plan_step(found.get(key), others, answers, probe, baseline, min(limits, default=None))
         if isinstance(planned, str):
-            counts[f"unscored_{planned}"] += 1
+            reasons[key] = planned
         else:
             branches[key] = planned
             counts["truncated"] += planned.cut > 0
@@ -183,8 +186,11 @@ def score_steps(
     forest = plant(rollouts, trunks, branches, runs=runs, temperature=temperature or 1.0, max_tokens=max_tokens)
     logprobs = policy.logprobs(forest.trees, max_tokens=max_tokens).to(batch.tokens.device)
     gain, counterfactual = _gains(steps, forest, logprobs, head_tokens, head_weight)
-    counts["scored"] = int(gain.scored.sum())
-    counts["unscored_no_weight"] = len(branches) - counts["scored"]
+    for key, scored in zip(steps, gain.scored.tolist(), strict=True):
+        if not scored:
+            reasons.setdefault(key, "no_weight")
+    counts.update(f"unscored_{reason}" for reason in reasons.values())
+    counts["scored"] = len(steps) - len(reasons)
     return StepGains(
         rollout=batch.step_rollout,
         step=batch.step_index,
@@ -194,6 +200,7 @@ def score_steps(
         scored=gain.scored,
         counterfactual=counterfactual,
         draws=tuple(drawn.get(key, ()) for key in steps),
+        reasons=tuple(reasons.get(key) for key in steps),
         counts=dict(counts),
         tokens_forwarded=dict(forest.tokens),
         seconds=time.perf_counter() - started,

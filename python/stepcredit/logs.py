@@ -103,6 +103,12 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
     return text[:at], text[at:]
 
 
+def prompt_name(prompt: str) -> str:
+    """What to call the question of a prompt where a log has no name for it: a hash, so that draws, which are seeded by
+    the name, do not depend on the order of the log."""
+    return f"prompt-{blake2b(prompt.encode(), digest_size=8).hexdigest()}"
+
+
 def message_passages(message: str, protocol: Protocol) -> tuple[str, ...]:
     """What a message shows, as one passage whose id is a hash of the text between its tags; () when that is nothing."""
     inner = tag_patterns(protocol)[0].sub("", message).strip()

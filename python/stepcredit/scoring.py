@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import blake2b
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit.branches.contexts import TrunkMode
 from stepcredit.branches.draws import Pool, StepId
 from stepcredit.counterfactual import Baseline, StepGains, score_steps
-from stepcredit.logs import rollout_from_text, split_text
+from stepcredit.logs import prompt_name, rollout_from_text, split_text
 from stepcredit.protocol import Protocol
 from stepcredit.rollout import Question, Rollout, RolloutBatch
 from stepcredit.scorer import PolicyScorer
@@ -179,9 +178,8 @@ def _read(
     question_ids: Sequence[str] | None,
     policy: PolicyScorer,
 ) -> list[Rollout]:
-    """The rollouts of these texts. A prompt names its question by a hash, so that draws, which are seeded by the name,
-    do not depend on the order of the batch."""
-    names = question_ids or [f"prompt-{blake2b(p.encode(), digest_size=8).hexdigest()}" for p, _ in pairs]
+    """The rollouts of these texts."""
+    names = question_ids or [prompt_name(prompt) for prompt, _ in pairs]
     groups = {name: group for group, name in enumerate(dict.fromkeys(names))}
     return [
         rollout_from_text(

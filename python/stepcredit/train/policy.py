@@ -27,16 +27,16 @@ from stepcredit.rollout import RolloutBatch
 from stepcredit.train.rows import EAGER_LENGTH, Row, row_inputs
 
 
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one, else the CPU."""
+def resolve_device(name: str, field: str = "model.device") -> torch.device:
+    """ "auto" is the GPU where there is one, else the CPU; `field` is what errors call it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"model.device must be a torch device such as 'cpu' or 'cuda:1', got {name!r}") from None
+        raise ValueError(f"{field} must be a torch device such as 'cpu' or 'cuda:1', got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"model.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"{field} is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
