@@ -270,6 +270,8 @@ def test_templates_of_another_form_are_refused():
     for written, other in (("<tool_response>", ""), ("c.function | tojson", "c.function.name")):
         with pytest.raises(ValueError, match="does not write tool calls as"):
             GRAMMAR.check_template(tokenizer, HERMES.replace(written, other))
+    with pytest.raises(ValueError, match=r"cannot write a tool call: .*no tools"):
+        GRAMMAR.check_template(tokenizer, "{{ raise_exception('no tools') }}")
 
 
 def test_it_is_hashable_and_not_a_tag_grammar():

@@ -98,14 +98,18 @@ class ToolCalls(Protocol):
         return "\n".join(self._responses(message))
 
     def check_template(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
-        """ValueError when a chat template (default: the tokenizer's) writes calls or responses in another form."""
+        """ValueError when a chat template (default: the tokenizer's) writes calls or responses in another form, or
+        none."""
         call = {"type": "function", "function": {"name": self.tool, "arguments": {self.argument: "a query"}}}
         messages: list[Any] = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "name": self.tool, "content": "a passage"},
         ]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=chat_template))
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=chat_template))
+        except Exception as error:  # whatever a template does
+            raise ValueError(f"the chat template cannot write a tool call: {error!r}") from error
         if self.parse_turn(text).content != "a query" or self.shown(text) != "a passage":
             raise ValueError(
                 "the chat template does not write tool calls as <tool_call> JSON </tool_call> and what tools return "
