@@ -11,6 +11,7 @@ import torch
 from scripted_rollouts import REFINE, SEARCH_R1, random_policy, write
 from stepcredit.credit import IGSearch
 from stepcredit.padded import pack_padded, rollout_from_tokens, spread
+from stepcredit.protocol import Protocol
 from stepcredit.rollout import Question, RolloutBatch, SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.tokens import encode
@@ -174,3 +175,16 @@ def test_padded_tensors_that_do_not_fit_are_named():
         spread(batch, torch.zeros(3), ones)
     with pytest.raises(ValueError, match="attention has"):
         spread(batch, torch.zeros(batch.tokens.shape), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), ValueError("mine")])
+def test_an_error_in_a_protocol_names_the_rollout(error):
+    class Mine(Protocol):
+        def parse_turn(self, text, forced_answer=False):
+            raise error
+
+    ids, one = torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3)
+    kind = ValueError if isinstance(error, ValueError) else RuntimeError
+    with pytest.raises(kind, match=r"pack_padded: rollout 0 of question 'q': \w+Error\('mine'\)") as raised:
+        pack_padded([QUESTION], [[1]], ids, one, one, byte_bpe(), Mine("mine", "docs", None, ""), groups=[0])
+    assert raised.value.__cause__ is error

@@ -117,11 +117,22 @@ def test_the_model_is_left_as_it_was_when_its_attention_cannot_be_set(monkeypatc
     assert policy.model.training
 
 
-def test_autocast():
-    batch, policy = make()
+@pytest.mark.parametrize("float32_logits", [False, True])
+def test_autocast(monkeypatch, float32_logits):
+    """Also where the logits that autocast rounded are handed out in float32, as accelerate does."""
+    batch, policy = make(initializer_range=1.0)
     exact = score_steps(batch, policy)
+    forward = policy.model.forward
+
+    def float32(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    if float32_logits:
+        monkeypatch.setattr(policy.model, "forward", float32)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = score_steps(batch, policy)
+        rough = score_steps(batch, policy, verify=True)
     assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
 
 

@@ -23,6 +23,7 @@ from stepcredit.branches.forest import Forest, plant
 from stepcredit.branches.policy_tokens import place_logprobs, runs_of
 from stepcredit.ops import _checks as check
 from stepcredit.ops import information_gain
+from stepcredit.protocol import Protocol
 from stepcredit.reference import InformationGain
 from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
@@ -131,8 +132,9 @@ def score_steps(
         StepGains.
 
     Raises:
-        ValueError: an option is out of range, `draws` does not fit the batch, a token id is not in the vocabulary, or,
-            with `temperature`, a rollout is longer than what the policy can score exactly (`PolicyScorer.max_context`).
+        ValueError: an option is out of range, `draws` does not fit the batch, a token id is not in the vocabulary, with
+            `temperature` a rollout is longer than what the policy can score exactly (`PolicyScorer.max_context`), or
+            what `check_contexts` refuses.
         FloatingPointError: the policy's hidden states are not finite; names the question.
         RuntimeError: with `verify`, a step's scores differ from separate forwards by more than rounding.
 
@@ -142,6 +144,7 @@ def score_steps(
     rollouts = batch.rollouts
     steps: list[StepId] = list(zip(batch.step_rollout.tolist(), batch.step_index.tolist(), strict=True))
     _check(steps, num_random, trunk, baseline, pool, max_variants, max_context, draws, temperature)
+    check_contexts(policy.protocol, trunk, baseline)
 
     trunks = [read_trunk(rollout, policy, trunk) for rollout in rollouts]
     found = {(b, t): site for b, one in enumerate(trunks) for t, site in one.steps.items()}
@@ -206,6 +209,16 @@ def score_steps(
         seconds=time.perf_counter() - started,
         logprobs=None if temperature is None else place_logprobs(batch, forest, runs, logprobs),
         difference=audit(policy, rollouts, trunks, branches, forest, logprobs, seed) if verify else None,
+    )
+
+
+def check_contexts(protocol: Protocol, trunk: str, baseline: str) -> None:
+    """ValueError when such contexts cannot be cut from rollouts of this grammar: without the text between steps, or
+    without a message, they would lose the turns of the chat template too."""
+    check.require(
+        protocol.tagged or (trunk == "rollout" and baseline != "empty"),
+        f"{OP}: trunk={trunk!r} with baseline={baseline!r} needs messages that stand between tags, which those of the "
+        f"protocol {protocol.name!r} do not; use trunk='rollout' with baseline='random' or 'previous'",
     )
 
 

@@ -62,9 +62,12 @@ def rollout_from_text(
         has "unanswered_searches", "unasked_documents" and "unclosed_documents" where there are any.
 
     Raises:
-        ValueError: unknown protocol, or a prompt without tokens; names it, or the question.
+        ValueError: unknown protocol, or one whose messages do not stand between tags, or a prompt without tokens; names
+            it, or the question.
     """
     grammar = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    if not grammar.tagged:
+        raise ValueError(f"a log of texts cannot be read as {grammar.name!r}: its messages do not stand between tags")
     transcript = Transcript(question, _prompt_ids(prompt, tokenizer), tokenizer, grammar)
     reader = _Reader(transcript)
     blocks, unclosed = _blocks(response, grammar)
@@ -111,7 +114,7 @@ def prompt_name(prompt: str) -> str:
 
 def message_passages(message: str, protocol: Protocol) -> tuple[str, ...]:
     """What a message shows, as one passage whose id is a hash of the text between its tags; () when that is nothing."""
-    inner = tag_patterns(protocol)[0].sub("", message).strip()
+    inner = protocol.shown(message)
     if inner in ("", protocol.nothing_found):
         return ()
     return (f"text-{blake2b(inner.encode(), digest_size=8).hexdigest()}",)

@@ -130,7 +130,8 @@ def pack_padded(
         RolloutBatch; `rewards` are NaN.
 
     Raises:
-        ValueError: a shape is wrong, the policy wrote padding, or what `rollout_from_tokens` raises.
+        ValueError: a shape is wrong, the policy wrote padding, or what `rollout_from_tokens` raises; names the rollout.
+        RuntimeError: a method of the protocol, which may be a user's, raised anything else; names the rollout.
     """
     shape = tuple(responses.shape)
     if len(shape) != 2 or not shape[0]:
@@ -146,19 +147,23 @@ def pack_padded(
         row, column = stray[0].tolist()
         raise ValueError(f"{OP}: policy_mask is set at [{row}, {column}], where attention says padding")
     ids, known = responses.cpu(), None if logprobs is None else logprobs.float().cpu()
-    rollouts = [
-        rollout_from_tokens(
-            questions[b],
-            prompts[b],
-            ids[b, real[b]].tolist(),
-            mine[b, real[b]].tolist(),
-            tokenizer,
-            protocol,
-            logprobs=None if known is None else known[b, real[b]].tolist(),
-            group=groups[b],
-        )
-        for b in range(shape[0])
-    ]
+    rollouts = []
+    for b in range(shape[0]):
+        try:
+            rollout = rollout_from_tokens(
+                questions[b],
+                prompts[b],
+                ids[b, real[b]].tolist(),
+                mine[b, real[b]].tolist(),
+                tokenizer,
+                protocol,
+                logprobs=None if known is None else known[b, real[b]].tolist(),
+                group=groups[b],
+            )
+        except Exception as error:  # a protocol may be a user's
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(f"{OP}: rollout {b} of question {questions[b].id!r}: {error!r}") from error
+        rollouts.append(rollout)
     return RolloutBatch.pack(rollouts, responses.device)
 
 

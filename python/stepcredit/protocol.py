@@ -206,6 +206,16 @@ class Protocol:
         """Whether a message of the environment shows passages, or that none were found; if not it is a notice."""
         return tag_patterns(self)[0].search(message) is not None
 
+    def shown(self, message: str) -> str:
+        """What such a message shows: its text but for the tags."""
+        return tag_patterns(self)[0].sub("", message).strip()
+
+    @property
+    def tagged(self) -> bool:
+        """Whether queries and messages are text between tags and nothing else, so that they can be cut out of a
+        rollout, or found in a log of its text."""
+        return True
+
 
 # Whitespace inside a tag is tolerated: WordPiece decoders insert it. No two `\s*` can meet, so that a search is linear
 # in the length of the text, which strangers wrote.

@@ -87,7 +87,9 @@ def read_trunk(rollout: Rollout, policy: PolicyScorer, mode: TrunkMode) -> Trunk
         fault = None
         if search is not None and (search.failed or not search.passage_ids):
             fault = "no_documents"
-        elif (text := _inner_text(rollout, documents, policy)) == nothing:
+        elif (
+            text := policy.protocol.shown(policy.decode(rollout.tokens[documents.start : documents.stop]))
+        ) == nothing:
             fault = "no_documents"  # from who keeps no record of searches
         elif len(text) < MIN_CHARACTERS:
             fault = "short_documents"
@@ -112,11 +114,6 @@ def read_trunk(rollout: Rollout, policy: PolicyScorer, mode: TrunkMode) -> Trunk
         trunk.steps[step] = Step(at, end, previous, tuple(passages), fault)
         previous, refined = end, refinement is not None
     return trunk
-
-
-def _inner_text(rollout: Rollout, documents: Span, policy: PolicyScorer) -> str:
-    text = policy.decode(rollout.tokens[documents.start : documents.stop])
-    return re.sub(rf"<\s*(?:/\s*)?{re.escape(policy.protocol.documents_tag)}\s*>", "", text).strip()
 
 
 def _query(rollout: Rollout, step: int, policy: PolicyScorer) -> tuple[Place, Place]:
