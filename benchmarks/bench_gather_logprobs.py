@@ -1,11 +1,15 @@
 """`gather_logprobs` against eager and compiled log_softmax: `pytest benchmarks/bench_gather_logprobs.py`.
 
-Baselines run between the rounds of ours, in the same process; `extra_info` holds their best times and the ratio.
+Baselines run between the rounds of ours, in the same process; `extra_info` holds their best times and the ratio. On a
+GPU they are also our other implementation, the matrix product alone, and what TRL and Liger train with, where these can
+be imported (not run yet).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +17,18 @@ import torch.nn.functional as F
 
 from benchmarks.measure import DEVICE, interleave, peak_bytes, size_bytes
 from benchmarks.shapes import SHAPES
-from stepcredit import gather_logprobs, reference
+from stepcredit import dispatch, gather_logprobs, reference
+from stepcredit.ops.gather_logprobs import OP
 
-#: Share of the rows that have a gradient in backward: half of a batch are zero-advantage groups and clipped tokens.
-PASSES = {"forward": 0.0, "training": 1.0, "training, half the rows": 0.5}
+LogProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: Share of the rows that the policy wrote, and of these the share that has a gradient in backward: half of a batch are
+#: zero-advantage groups and clipped tokens.
+PASSES = {"forward": (1.0, 0.0), "training": (1.0, 1.0), "training, half the rows": (1.0, 0.5)}
+if DEVICE == "cuda":  # of rollouts that search most tokens are retrieved
+    PASSES["training, search mask"] = (0.35, 0.5)
+#: Rows of a turn of the policy and of the passages after it, together.
+TURN = 100
 
 #: Elements of a head that is measured in half precision only.
 LARGE = 1 << 28
@@ -24,6 +36,26 @@ LARGE = 1 << 28
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def peers() -> dict[str, LogProbs]:
+    """What TRL and Liger compute per-token log-probs with, where they can be imported and there is a GPU."""
+    found: dict[str, LogProbs] = {}
+    if DEVICE != "cuda":
+        return found
+    if importlib.util.find_spec("trl") is not None:
+        from trl.kernels import ChunkedLogProbFunction
+
+        def trl(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 1 << 15, None, 1.0, ())[0]
+
+        found["trl"] = trl
+    if importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+        found["liger"] = lambda hidden, weight, targets: -loss(weight, hidden, targets)
+    return found
 
 
 @pytest.mark.parametrize("passes", PASSES)
@@ -39,9 +71,11 @@ def test_gather_logprobs(benchmark, shape: str, dtype: torch.dtype, passes: str)
     hidden = torch.randn(rows, width, device=DEVICE).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, width, device=DEVICE) / width**0.5).to(dtype).requires_grad_()
     targets = torch.randint(vocabulary, (rows,), device=DEVICE)
-    advantages = torch.where(torch.arange(rows) < PASSES[passes] * rows, torch.randn(rows), 0.0).to(DEVICE)
+    policy, trained = PASSES[passes]
+    advantages = torch.where(torch.arange(rows) < trained * rows, torch.randn(rows), 0.0).to(DEVICE)
+    mask = torch.arange(rows, device=DEVICE) % TURN < policy * TURN
 
-    def step(function: Callable[..., torch.Tensor]) -> Callable[[], None]:
+    def step(function: LogProbs) -> Callable[[], None]:
         def run() -> None:
             hidden.grad = weight.grad = None
             if passes == "forward":
@@ -49,6 +83,16 @@ def test_gather_logprobs(benchmark, shape: str, dtype: torch.dtype, passes: str)
                     function(hidden, weight, targets)
             else:
                 (function(hidden, weight, targets) * advantages).sum().backward()
+
+        return run
+
+    def chosen(function: LogProbs) -> LogProbs:
+        """Over the policy's rows, which are taken out of all: what there is to do where there is no row mask."""
+        if policy == 1.0:
+            return function
+
+        def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(advantages).masked_scatter(mask, function(hidden[mask], weight, targets[mask]))
 
         return run
 
@@ -65,9 +109,15 @@ def test_gather_logprobs(benchmark, shape: str, dtype: torch.dtype, passes: str)
         )[0][:, 0]
         assert (gather_logprobs(hidden, weight, targets)[:64] - gold).abs().max() < 1e-4
 
-    ours = step(gather_logprobs)
-    baselines = {"eager": step(eager), "compiled": step(torch.compile(eager))}
-    if DEVICE == "cuda" and passes == "forward":  # the floor: what the product alone takes, its logits kept
+    masked = partial(gather_logprobs, row_mask=None if policy == 1.0 else mask)
+    ours = step(masked)
+    others = {"eager": eager, "compiled": torch.compile(eager), **peers()}
+    baselines = {name: step(chosen(function)) for name, function in others.items()}
+    if DEVICE == "cuda":
+        used = dispatch.resolve(OP, None, hidden, weight)
+        able = [name for name in ("triton", "cuda") if dispatch.reasons(OP, hidden, weight)[name] is None]
+        baselines |= {name: step(partial(masked, impl=name)) for name in able if name != used}
+        # The floor: what the product alone takes, its logits kept.
         baselines["product"] = lambda: hidden.detach() @ weight.detach().T
     info = benchmark.extra_info
     for name, run in baselines.items():
@@ -76,7 +126,9 @@ def test_gather_logprobs(benchmark, shape: str, dtype: torch.dtype, passes: str)
         info[f"{name}_peak_bytes"] = peak_bytes(run)
     interleave(benchmark, ours, baselines)
     products = 2 * rows * width * vocabulary
-    info["flops"] = products if passes == "forward" else int(products * (1 + 3 * PASSES[passes]))
+    info["flops"] = int(products * policy * (1 + 3 * trained))
+    if DEVICE == "cuda":  # of the rate of the product, in this run
+        info["of_product_rate"] = info["product_over_ours"] * info["flops"] / products
     info["bytes"] = size_bytes(hidden, weight) * (1 if passes == "forward" else 2)
     hidden.grad = weight.grad = None
     info["peak_bytes"] = peak_bytes(ours)

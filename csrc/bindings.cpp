@@ -18,22 +18,12 @@ T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
-// The CUDA bindings, and so the stub, exist in every build; dispatch never reaches them in one without CUDA.
-template <typename Float>
-void masked_advantages_cuda([[maybe_unused]] const stepcredit::MaskedAdvantagesParams<Float>& params,
-                            [[maybe_unused]] Pointer query_lengths, [[maybe_unused]] Pointer stream) {
+// Calls `launch`, which starts a CUDA kernel. The bindings, and so the stub, exist in every build; dispatch never gets
+// here in one without CUDA, in which nothing defines the kernels.
+template <typename Launch>
+void with_cuda([[maybe_unused]] Launch launch) {
 #ifdef STEPCREDIT_WITH_CUDA
-  stepcredit::masked_advantages_cuda(params, at<int>(query_lengths), at<void>(stream));
-#else
-  throw std::runtime_error("stepcredit._C was built without CUDA");
-#endif
-}
-
-template <typename Float>
-void information_gain_cuda([[maybe_unused]] const stepcredit::InformationGainParams<Float>& params,
-                           [[maybe_unused]] Pointer stream) {
-#ifdef STEPCREDIT_WITH_CUDA
-  stepcredit::information_gain_cuda(params, at<void>(stream));
+  launch();
 #else
   throw std::runtime_error("stepcredit._C was built without CUDA");
 #endif
@@ -65,7 +55,7 @@ void masked_advantages(Pointer rewards, Pointer groups, Pointer cu_seqlens, Poin
                                                          soft_clip,
                                                          threads};
   if (on_cuda) {
-    masked_advantages_cuda(params, query_lengths, stream);
+    with_cuda([&] { stepcredit::masked_advantages_cuda(params, at<int>(query_lengths), at<void>(stream)); });
   } else {
     stepcredit::masked_advantages_cpu(params);
   }
@@ -93,7 +83,7 @@ void information_gain(Pointer logprobs, Pointer cu_branches, Pointer cu_variants
                                                         head_weight,
                                                         threads};
   if (on_cuda) {
-    information_gain_cuda(params, stream);
+    with_cuda([&] { stepcredit::information_gain_cuda(params, at<void>(stream)); });
   } else {
     stepcredit::information_gain_cpu(params);
   }
@@ -153,27 +143,35 @@ void bf16_product(Pointer left, Pointer right, Pointer out, int64_t rows, int64_
 }
 
 template <typename Float>
-void gather_logprobs_fold(Pointer logits, Pointer bias, int64_t rows, int64_t cols, int64_t first_col, double scale,
-                          double softcap, double temperature, Pointer targets, Pointer maximum, Pointer sum,
-                          Pointer weighted, Pointer picked, int64_t num_targets, int threads) {
-  stepcredit::gather_logprobs_fold_cpu(stepcredit::GatherLogprobsFoldParams<Float>{
-      {at<Float>(logits), at<const Float>(bias), rows, cols, first_col, scale, softcap, temperature},
+void gather_logprobs_fold(Pointer logits, Pointer bias, Pointer active, int64_t rows, int64_t cols, int64_t first_col,
+                          double scale, double softcap, double temperature, Pointer targets, Pointer maximum,
+                          Pointer sum, Pointer weighted, Pointer picked, int64_t num_targets, int threads, bool on_cuda,
+                          Pointer stream) {
+  const stepcredit::GatherLogprobsFoldParams<Float> params{
+      {at<Float>(logits), at<const Float>(bias), at<const uint8_t>(active), rows, cols, first_col, scale, softcap,
+       temperature},
       at<const int64_t>(targets),
       at<double>(maximum),
       at<double>(sum),
       at<double>(weighted),
       at<double>(picked),
       num_targets,
-      threads});
+      threads};
+  if (on_cuda) {
+    with_cuda([&] { stepcredit::gather_logprobs_fold_cuda(params, at<void>(stream)); });
+  } else {
+    stepcredit::gather_logprobs_fold_cpu(params);
+  }
 }
 
 template <typename Float>
-void gather_logprobs_grad(Pointer logits, Pointer bias, int64_t rows, int64_t cols, int64_t first_col, double scale,
-                          double softcap, double temperature, Pointer targets, Pointer grad_logprobs,
+void gather_logprobs_grad(Pointer logits, Pointer bias, Pointer active, int64_t rows, int64_t cols, int64_t first_col,
+                          double scale, double softcap, double temperature, Pointer targets, Pointer grad_logprobs,
                           Pointer grad_entropy, Pointer maximum, Pointer log_sum, Pointer entropy, int64_t num_targets,
-                          int threads) {
-  stepcredit::gather_logprobs_grad_cpu(stepcredit::GatherLogprobsGradParams<Float>{
-      {at<Float>(logits), at<const Float>(bias), rows, cols, first_col, scale, softcap, temperature},
+                          int threads, bool on_cuda, Pointer stream) {
+  const stepcredit::GatherLogprobsGradParams<Float> params{
+      {at<Float>(logits), at<const Float>(bias), at<const uint8_t>(active), rows, cols, first_col, scale, softcap,
+       temperature},
       at<const int64_t>(targets),
       at<const Float>(grad_logprobs),
       at<const Float>(grad_entropy),
@@ -181,7 +179,12 @@ void gather_logprobs_grad(Pointer logits, Pointer bias, int64_t rows, int64_t co
       at<const Float>(log_sum),
       at<const Float>(entropy),
       num_targets,
-      threads});
+      threads};
+  if (on_cuda) {
+    with_cuda([&] { stepcredit::gather_logprobs_grad_cuda(params, at<void>(stream)); });
+  } else {
+    stepcredit::gather_logprobs_grad_cpu(params);
+  }
 }
 
 template <typename Float>
@@ -197,13 +200,14 @@ void bind_float(py::module_& m, const char* suffix) {
         arg("cu_branches"), arg("cu_variants"), arg("cu_steps"), arg("gain"), arg("real"), arg("baseline"),
         arg("scored"), arg("scores"), arg("best_variant"), arg("num_branches"), arg("num_variants"), arg("num_steps"),
         arg("head_tokens"), arg("head_weight"), arg("threads"), arg("on_cuda"), arg("stream"));
-  m.def(name("gather_logprobs_fold_cpu").c_str(), &gather_logprobs_fold<Float>, release, py::kw_only(), arg("logits"),
-        arg("bias"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"), arg("temperature"),
-        arg("targets"), arg("maximum"), arg("sum"), arg("weighted"), arg("picked"), arg("num_targets"), arg("threads"));
-  m.def(name("gather_logprobs_grad_cpu").c_str(), &gather_logprobs_grad<Float>, release, py::kw_only(), arg("logits"),
-        arg("bias"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"), arg("temperature"),
-        arg("targets"), arg("grad_logprobs"), arg("grad_entropy"), arg("maximum"), arg("log_sum"), arg("entropy"),
-        arg("num_targets"), arg("threads"));
+  m.def(name("gather_logprobs_fold").c_str(), &gather_logprobs_fold<Float>, release, py::kw_only(), arg("logits"),
+        arg("bias"), arg("active"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"),
+        arg("temperature"), arg("targets"), arg("maximum"), arg("sum"), arg("weighted"), arg("picked"),
+        arg("num_targets"), arg("threads"), arg("on_cuda"), arg("stream"));
+  m.def(name("gather_logprobs_grad").c_str(), &gather_logprobs_grad<Float>, release, py::kw_only(), arg("logits"),
+        arg("bias"), arg("active"), arg("rows"), arg("cols"), arg("first_col"), arg("scale"), arg("softcap"),
+        arg("temperature"), arg("targets"), arg("grad_logprobs"), arg("grad_entropy"), arg("maximum"), arg("log_sum"),
+        arg("entropy"), arg("num_targets"), arg("threads"), arg("on_cuda"), arg("stream"));
 }
 
 }  // namespace

@@ -126,8 +126,9 @@ struct Bf16ProductParams {
 // A tile of matrix products hidden @ weight.T, contiguous, overwritten by what is computed from it.
 template <typename Float>
 struct LogitTile {
-  Float* logits;      // [rows, cols]
-  const Float* bias;  // [cols] or null
+  Float* logits;          // [rows, cols]
+  const Float* bias;      // [cols] or null
+  const uint8_t* active;  // [rows], or null for all: the others are not folded, and their gradient is 0
   int64_t rows, cols, first_col;
   double scale, softcap, temperature;  // softcap 0: none
 };

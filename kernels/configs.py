@@ -95,7 +95,7 @@ GATHER_LOGPROBS = {
 MERGE = Config("gather_logprobs", torch.float32, {"BLOCK": 128}, num_warps=4)
 #: Tokens of the vocabulary whose gradients are in memory at a time; ROWS and COLS divide it.
 CHUNK = 4096
-#: DEPTH divides ROWS.
+#: DEPTH divides COLS, and COLS divides ROWS.
 GATHER_LOGPROBS_BACKWARD = {
     torch.float32: _head("gather_logprobs_backward", torch.float32, ROWS=64, COLS=64, DEPTH=16),
     torch.bfloat16: _head("gather_logprobs_backward", torch.bfloat16, ROWS=128, COLS=64, DEPTH=32),

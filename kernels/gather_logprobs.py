@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from stepcredit.kernels import configs
+from stepcredit.kernels._compaction import compacted
 from stepcredit.kernels._device import on_device, processors
 from stepcredit.kernels._logits import tile_of_logits
 
@@ -135,11 +136,6 @@ def merge_kernel(
     for k in range(num_targets):
         at = row * num_targets + k
         tl.store(logprobs + at, tl.load(picked + at, mask=inside) - highest - logarithm, mask=inside)
-
-
-def compacted(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows, those that are kept first and in order, and how many they are: int64 [N] and [1], on the device."""
-    return kept.logical_not().to(torch.uint8).argsort(stable=True), kept.sum(dtype=torch.int64).view(1)
 
 
 def launch(

@@ -3,7 +3,8 @@ hidden states and weights, chunk after chunk of the vocabulary. It is kept in th
 whose range most probabilities are 0, in float32 and multiplied as TF32, which holds every float16 exactly.
 
 Rows whose incoming gradients are all 0 are sorted behind the others on the device first: no program works on them.
-Every sum is float32, by one program in one order.
+Every sum is float32, by one program in one order. Where the caller allows it, a tile without an element above
+`negligible` is left out of both products: those that are kept are sorted to the front in the same way.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import triton
 import triton.language as tl
 
 from stepcredit.kernels import configs
+from stepcredit.kernels._compaction import compacted, listed_tiles
 from stepcredit.kernels._device import on_device
+from stepcredit.kernels._gradient_products import hidden_gradient_kernel, weight_gradient_kernel
 from stepcredit.kernels._logits import tile_of_logits
-from stepcredit.kernels.gather_logprobs import compacted
+from stepcredit.ops._gather_logprobs_filter import largest_negligible
 
 
 @triton.jit
@@ -33,6 +36,8 @@ def logits_gradient_kernel(
     active: tl.tensor,
     gradient: tl.tensor,
     sums: tl.tensor,
+    negligible: tl.tensor,
+    large: tl.tensor,
     chunk: tl.tensor,
     num_targets: tl.tensor,
     width: tl.tensor,
@@ -40,6 +45,7 @@ def logits_gradient_kernel(
     hidden_row: tl.tensor,
     weight_row: tl.tensor,
     gradient_row: tl.int64,
+    large_row: tl.tensor,
     scale: tl.float32,
     softcap: tl.float32,
     cooling: tl.float32,
@@ -49,9 +55,11 @@ def logits_gradient_kernel(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
+    FILTER: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """gradient[i, j]: of the logit, before scale and soft cap, of the i-th active row and token chunk + j.
+    """gradient[i, j]: of the logit, before scale and soft cap, of the i-th active row and token chunk + j. FILTER: 0 in
+    a tile without an element that is above `negligible` or NaN; large[tile] is 1 where there is one.
 
     With p = exp(z - logsumexp(z)), H the entropy and g the incoming gradients, by a tempered logit z_j:
     d logp_t / d z_j = [j == t] - p_j, and d H / d z_j = -p_j (log p_j + H).
@@ -79,91 +87,14 @@ def logits_gradient_kernel(
         g = tl.load(grad_logprobs + row * num_targets + k)
         dz += g[:, None] * (tl.where(one[None, :] == (at - begin)[:, None], 1.0, 0.0) - p)
     dz = tl.where(inside[:, None] & (one < vocabulary - begin)[None, :], dz * slope, 0.0)
-    out = gradient + place.to(tl.int64)[:, None] * gradient_row + (begin - chunk + one)[None, :]
-    tl.store(out, dz.to(gradient.dtype.element_ty))
     if BIAS:
         tl.store(sums + tl.program_id(0) * gradient_row + begin - chunk + one, tl.sum(dz, axis=0))
-
-
-@triton.jit
-def hidden_gradient_kernel(
-    gradient: tl.tensor,
-    weight: tl.tensor,
-    out: tl.tensor,
-    active: tl.tensor,
-    chunk: tl.tensor,
-    length: tl.tensor,
-    width: tl.tensor,
-    weight_row: tl.tensor,
-    gradient_row: tl.int64,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """out[i] += gradient[i] @ weight[chunk : chunk + length], float32, for the active rows i."""
-    count = tl.load(active)
-    first = tl.program_id(0) * ROWS
-    if first >= count:
-        return
-    place, depth = first + tl.arange(0, ROWS), tl.arange(0, DEPTH)
-    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = (column < width)[None, :]
-    at = out + place.to(tl.int64)[:, None] * width + column[None, :]
-    total = tl.load(at, mask=inside, other=0.0)
-    left_at = gradient + place.to(tl.int64)[:, None] * gradient_row + depth[None, :]
-    stripe = weight + tl.cast(chunk, tl.int64) * weight_row
-    for start in range(0, length, DEPTH):
-        left = tl.load(left_at + start)
-        # Past the chunk's end the gradient is 0, and its last row is read again.
-        token = tl.minimum(start + depth, length - 1)
-        right_at = stripe + token.to(tl.int64)[:, None] * weight_row + column[None, :]
-        right = tl.load(right_at) if EVEN else tl.load(right_at, mask=inside, other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-        total = tl.dot(left, right.to(left.dtype), total, input_precision=PRECISION)
-    tl.store(at, total, mask=inside & (place < count)[:, None])
-
-
-@triton.jit
-def weight_gradient_kernel(
-    gradient: tl.tensor,
-    hidden: tl.tensor,
-    out: tl.tensor,
-    order: tl.tensor,
-    active: tl.tensor,
-    chunk: tl.tensor,
-    length: tl.tensor,
-    width: tl.tensor,
-    hidden_row: tl.tensor,
-    gradient_row: tl.int64,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """out[chunk + j] = sum over active rows i of gradient[i, j] * hidden[row i]; in float32, rounded once."""
-    count = tl.load(active).to(tl.int32)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    depth = tl.arange(0, DEPTH)
-    inside = (column < width)[None, :]
-    total = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, count, DEPTH):
-        place = start + depth
-        there = place < count
-        left = tl.load(gradient + place.to(tl.int64)[:, None] * gradient_row + token[None, :])
-        row = tl.load(order + place, mask=there, other=0)
-        right_at = hidden + row[:, None] * hidden_row + column[None, :]
-        right = tl.load(right_at, mask=there[:, None] & inside, other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-        total = tl.dot(tl.trans(left), right.to(left.dtype), total, input_precision=PRECISION)
-    at = out + (chunk + token).to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(token < length)[:, None] & inside)
+    if FILTER:
+        above = tl.max(tl.max(tl.where(tl.abs(dz) <= tl.load(negligible), 0, 1), axis=1), axis=0)
+        tl.store(large + tl.program_id(0) * large_row + begin // COLS, above)
+        dz = tl.where(above > 0, dz, 0.0)
+    out = gradient + place.to(tl.int64)[:, None] * gradient_row + (begin - chunk + one)[None, :]
+    tl.store(out, dz.to(gradient.dtype.element_ty))
 
 
 def launch(
@@ -177,13 +108,15 @@ def launch(
     entropy: torch.Tensor,
     maximum: torch.Tensor,
     log_sum: torch.Tensor,
+    filter_by: torch.Tensor | None,
     *,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of hidden, weight and bias, those that `needs` asks for, in their dtypes."""
+    """Gradients of hidden, weight and bias, those that `needs` asks for, in their dtypes. `filter_by`: the log-probs,
+    where tiles of the logits' gradient that are negligible may have no part in the first two."""
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight = (x if x.stride(1) == 1 and x.stride(0) < 2**23 else x.contiguous() for x in (hidden, weight))
     config = configs.GATHER_LOGPROBS_BACKWARD[hidden.dtype]
@@ -198,14 +131,38 @@ def launch(
     d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if needs[2] else None
     half = hidden.dtype == torch.float16
     gradient = hidden.new_empty((blocks * ROWS, chunk), dtype=torch.float32 if half else hidden.dtype)
-    precision = "tf32" if half else "ieee"
     sums = torch.zeros(blocks if bias is not None else 0, chunk, dtype=torch.float32, device=hidden.device)
+    negligible = large = None
+    if filter_by is not None:
+        negligible = largest_negligible(
+            grad_logprobs,
+            grad_entropy,
+            targets,
+            row_mask,
+            filter_by,
+            entropy,
+            maximum,
+            log_sum,
+            vocabulary=vocabulary,
+            eps=torch.finfo(hidden.dtype).eps,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+        large = torch.zeros(blocks, triton.cdiv(vocabulary, COLS), dtype=torch.int8, device=hidden.device)
     even = width % config.blocks["DEPTH"] == 0
     upcast = triton.knobs.runtime.interpret
+    product = {
+        "FILTER": large is not None,
+        "UPCAST": upcast,
+        "PRECISION": "tf32" if half else "ieee",
+        **config.launch,
+    }
     with on_device(hidden):
         for start in range(0, vocabulary if rows else 0, chunk):
             length = min(chunk, vocabulary - start)
-            logits_gradient_kernel[(blocks, triton.cdiv(length, COLS))](
+            tiles = triton.cdiv(length, COLS)
+            logits_gradient_kernel[(blocks, tiles)](
                 hidden,
                 weight,
                 bias if bias is None else bias.contiguous(),
@@ -219,6 +176,8 @@ def launch(
                 active,
                 gradient,
                 sums,
+                negligible,
+                large,
                 start,
                 targets.shape[1],
                 width,
@@ -226,30 +185,34 @@ def launch(
                 hidden.stride(0),
                 weight.stride(0),
                 chunk,
+                0 if large is None else large.shape[1],
                 logit_scale,
                 softcap or 0.0,
                 1 / temperature,
                 BIAS=bias is not None,
                 SOFTCAP=softcap is not None,
                 EVEN=even,
+                FILTER=large is not None,
                 UPCAST=upcast,
                 **config.launch,
             )
+            here = None if large is None else large[:, start // COLS :][:, :tiles]
+            by_rows, by_tokens = listed_tiles(here, ROWS // COLS)
             if d_hidden is not None:
                 hidden_gradient_kernel[(blocks, triton.cdiv(width, COLS))](
                     gradient,
                     weight,
                     d_hidden,
                     active,
+                    *by_rows[:2],
                     start,
                     length,
                     width,
                     weight.stride(0),
                     chunk,
+                    by_rows[2],
                     EVEN=width % COLS == 0,
-                    UPCAST=upcast,
-                    PRECISION=precision,
-                    **config.launch,
+                    **product,
                 )
             if d_weight is not None:
                 weight_gradient_kernel[(triton.cdiv(length, ROWS), triton.cdiv(width, COLS))](
@@ -258,14 +221,14 @@ def launch(
                     d_weight,
                     order,
                     active,
+                    *by_tokens[:2],
                     start,
                     length,
                     width,
                     hidden.stride(0),
                     chunk,
-                    UPCAST=upcast,
-                    PRECISION=precision,
-                    **config.launch,
+                    by_tokens[2],
+                    **product,
                 )
             if d_bias is not None:
                 d_bias[start : start + length] = sums[:, :length].sum(dim=0)

@@ -84,8 +84,10 @@ def gather_logprobs_backward(config: configs.Config) -> None:
 
     for (hidden, weight, targets, *rest), options in head(config):
         row = torch.zeros(3)
-        given = (torch.zeros(3, 2), row, hidden, weight, targets, *rest, row, row, row)
-        launch(*given, **options, needs=(True, True, True))
+        by_target = torch.zeros(3, 2)
+        given = (by_target, row, hidden, weight, targets, *rest, row, row, row)
+        for filter_by in (None, by_target):
+            launch(*given, filter_by, **options, needs=(True, True, True))
 
 
 def head(config: configs.Config) -> Iterator[tuple[tuple[torch.Tensor | None, ...], dict[str, float | None]]]:

@@ -322,16 +322,16 @@ def test_repeats_are_bit_equal(dtype):
 
 def test_opcheck():
     hidden, weight, targets, bias, mask = make(5, 40, targets=2)
-    options = (0.9, 5.0, 1.1)
-    args = (hidden.requires_grad_(), weight.requires_grad_(), targets, bias.requires_grad_(), mask, *options)
+    options = (0.9, 5.0, 1.1)  # temperature, soft cap, scale of logits
+    args = (hidden.requires_grad_(), weight.requires_grad_(), targets, bias.requires_grad_(), mask, *options, True)
     opcheck(torch.ops.stepcredit.gather_logprobs.default, (*args, "cpu"))
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
     opcheck(torch.ops.stepcredit.gather_logprobs.default, (*detached, "reference"))
     # Not the backward of the reference: torch.func inside an op and opcheck's tracing exclude each other.
-    saved = torch.ops.stepcredit.gather_logprobs(*detached, "cpu")[1:]
+    logprobs, *saved = torch.ops.stepcredit.gather_logprobs(*detached, "cpu")
     grads = (torch.randn(5, 2), torch.randn(5))
     backward = torch.ops.stepcredit.gather_logprobs_backward.default
-    opcheck(backward, (*grads, *detached[:5], *saved, *options, "cpu", True, False, True))
+    opcheck(backward, (*grads, *detached[:5], *saved, logprobs, *options, "cpu", True, False, True))
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -101,13 +101,17 @@ def test_ragged_trees(data: st.DataObject) -> None:
     verify_ragged_tree(data, "cpu")
 
 
-def verify_ragged_tree(data: st.DataObject, impl: str) -> None:
+def ragged_tree(data: st.DataObject) -> TreeLayout:
     segments: list[tuple[int, int, int]] = []
     for i in range(data.draw(st.integers(1, 7))):
         parent = data.draw(st.integers(-1, i - 1))
         at = data.draw(st.integers(0, segments[parent][0])) if parent >= 0 else 0
         segments.append((data.draw(st.integers(0, 6)), parent, at))
-    tree = layout(segments)
+    return layout(segments)
+
+
+def verify_ragged_tree(data: st.DataObject, impl: str) -> None:
+    tree = ragged_tree(data)
     q, k, v = qkv(tree.num_tokens)
     window = data.draw(st.sampled_from([None, 1, 3]))
     check(tree_attention(q, k, v, tree, window=window, impl=impl), gold(q, k, v, tree, 8**-0.5, None, window), q, k, v)

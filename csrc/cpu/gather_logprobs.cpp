@@ -120,9 +120,16 @@ void grad_clone(const GatherLogprobsGradParams<double>& p, int64_t row, double* 
 }
 
 template <typename Float>
+bool is_active(const LogitTile<Float>& t, int64_t row) {
+  return t.active == nullptr || t.active[row];
+}
+
+template <typename Float>
 void fold(const GatherLogprobsFoldParams<Float>& p) {
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.tile.rows * p.tile.cols > kParallelMinimum)
-  for (int64_t row = 0; row < p.tile.rows; ++row) fold_clone(p, row);
+  for (int64_t row = 0; row < p.tile.rows; ++row) {
+    if (is_active(p.tile, row)) fold_clone(p, row);
+  }
 }
 
 template <typename Float>
@@ -131,7 +138,13 @@ void grad(const GatherLogprobsGradParams<Float>& p) {
   {
     std::vector<Float> target_grads(p.num_targets);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.tile.rows; ++row) grad_clone(p, row, target_grads.data());
+    for (int64_t row = 0; row < p.tile.rows; ++row) {
+      if (is_active(p.tile, row)) {
+        grad_clone(p, row, target_grads.data());
+      } else {
+        std::fill_n(p.tile.logits + row * p.tile.cols, p.tile.cols, Float(0));
+      }
+    }
   }
 }
 

@@ -12,4 +12,9 @@ void masked_advantages_cuda(const MaskedAdvantagesParams<double>& p, int* query_
 void information_gain_cuda(const InformationGainParams<float>& p, void* stream);
 void information_gain_cuda(const InformationGainParams<double>& p, void* stream);
 
+void gather_logprobs_fold_cuda(const GatherLogprobsFoldParams<float>& p, void* stream);
+void gather_logprobs_fold_cuda(const GatherLogprobsFoldParams<double>& p, void* stream);
+void gather_logprobs_grad_cuda(const GatherLogprobsGradParams<float>& p, void* stream);
+void gather_logprobs_grad_cuda(const GatherLogprobsGradParams<double>& p, void* stream);
+
 }  // namespace stepcredit

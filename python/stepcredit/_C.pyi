@@ -58,10 +58,11 @@ information_gain_f64 = information_gain_f32
 def topk_search_cpu(
     *, tile: int, rows: int, num_queries: int, first_id: int, k: int, scores: int, ids: int, threads: int
 ) -> None: ...
-def gather_logprobs_fold_cpu_f32(
+def gather_logprobs_fold_f32(
     *,
     logits: int,
     bias: int,
+    active: int,
     rows: int,
     cols: int,
     first_col: int,
@@ -75,14 +76,17 @@ def gather_logprobs_fold_cpu_f32(
     picked: int,
     num_targets: int,
     threads: int,
+    on_cuda: bool,
+    stream: int,
 ) -> None: ...
 
-gather_logprobs_fold_cpu_f64 = gather_logprobs_fold_cpu_f32
+gather_logprobs_fold_f64 = gather_logprobs_fold_f32
 
-def gather_logprobs_grad_cpu_f32(
+def gather_logprobs_grad_f32(
     *,
     logits: int,
     bias: int,
+    active: int,
     rows: int,
     cols: int,
     first_col: int,
@@ -97,9 +101,11 @@ def gather_logprobs_grad_cpu_f32(
     entropy: int,
     num_targets: int,
     threads: int,
+    on_cuda: bool,
+    stream: int,
 ) -> None: ...
 
-gather_logprobs_grad_cpu_f64 = gather_logprobs_grad_cpu_f32
+gather_logprobs_grad_f64 = gather_logprobs_grad_f32
 
 def bf16_product_cpu(
     *,

@@ -2,7 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from stepcredit.ops import TreeLayout, gather_logprobs, information_gain, masked_advantages, topk_search, tree_attention
+from stepcredit.ops import (
+    TreeLayout,
+    gather_logprobs,
+    information_gain,
+    masked_advantages,
+    out_of_range_targets,
+    topk_search,
+    tree_attention,
+)
 from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, Span, SpanKind
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ __all__ = [
     "gather_logprobs",
     "information_gain",
     "masked_advantages",
+    "out_of_range_targets",
     "score_information_gain",
     "topk_search",
     "tree_attention",

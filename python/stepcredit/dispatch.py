@@ -1,9 +1,9 @@
 """Which implementation of an op runs: the one place where that is decided.
 
-Order: `cuda`, `triton`, `cpu`, `flex`, `reference`, the first that can run for these tensors. On a CPU the rows of
-`benchmarks/results/` rank them so; no GPU has ranked `cuda` and `triton` yet. `impl=` on a call, or the environment
-variable `STEPCREDIT_IMPL` for every call, names one explicitly; if that one cannot run, a ValueError says why. Nothing
-here catches an exception of a kernel.
+Order: `cuda`, `triton`, `cpu`, `flash`, `flex`, `reference`, the first that can run for these tensors, unless `FIRST`
+says otherwise of an op. On a CPU the rows of `benchmarks/results/` rank them so; no GPU has ranked any yet: there the
+order is a guess. `impl=` on a call, or the environment variable `STEPCREDIT_IMPL` for every call, names one explicitly;
+if that one cannot run, a ValueError says why. Nothing here catches an exception of a kernel.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from typing import Any
 
 import torch
 
-ORDER = ("cuda", "triton", "cpu", "flex", "reference")
+ORDER = ("cuda", "triton", "cpu", "flash", "flex", "reference")
+
+#: What an op tries before `ORDER`. Triton's `gather_logprobs` leaves out rows that cannot matter; the products of
+#: `cuda` have sizes that the host knows, and so cannot.
+FIRST = {"gather_logprobs": ("triton",)}
 
 #: Found, not imported: importing Triton takes time that users of the CPU should not wait for.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-#: Says in one sentence why an implementation cannot run for these tensors; None when it can.
+#: Says in one sentence why an implementation cannot run for these tensors and options; None when it can.
 WhyNot = Callable[..., "str | None"]
 
 
@@ -39,7 +43,7 @@ _warned: set[str] = set()
 
 
 def register(op: str, impl: str, why_not: WhyNot) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as implementation `impl` of `op`; `why_not(*tensors)` guards it."""
+    """Register the decorated function as implementation `impl` of `op`; `why_not(*tensors, **options)` guards it."""
     if impl not in ORDER:
         raise ValueError(f"impl must be one of {ORDER}, got {impl!r}")
 
@@ -50,27 +54,28 @@ def register(op: str, impl: str, why_not: WhyNot) -> Callable[[Callable[..., Any
     return add
 
 
-def resolve(op: str, impl: str | None, *tensors: torch.Tensor) -> str:
-    """Name of the implementation of `op` that runs for `tensors`; `impl` (or STEPCREDIT_IMPL) forces one."""
+def resolve(op: str, impl: str | None, *tensors: torch.Tensor, **options: object) -> str:
+    """Name of the implementation of `op` that runs for `tensors`; `impl` (or STEPCREDIT_IMPL) forces one. `options` are
+    those of the call that decide who can serve it."""
     known = _registry[op]
     forced = impl or os.environ.get("STEPCREDIT_IMPL")
     if forced:
         source = "impl" if impl else "STEPCREDIT_IMPL"
         if forced not in known:
             raise ValueError(f"{op}: {source}={forced!r} does not exist; there are {', '.join(known)}")
-        reason = known[forced].why_not(*tensors)
+        reason = known[forced].why_not(*tensors, **options)
         if reason is not None:
             raise ValueError(f"{op}: {source}={forced!r} cannot run: {reason}")
         return forced
-    for name in ORDER:
+    for name in (*FIRST.get(op, ()), *ORDER):
         if name == "triton" and any(t.device.type == "cpu" for t in tensors):
             continue  # Triton's interpreter proves kernels and is slow: only for who names it
-        if name in known and known[name].why_not(*tensors) is None:
+        if name in known and known[name].why_not(*tensors, **options) is None:
             if name == "reference" and any(t.is_cuda for t in tensors) and op not in _warned:
                 _warned.add(op)
                 warnings.warn(f"{op}: no kernel can run for these CUDA tensors; using the reference", stacklevel=3)
             return name
-    raise ValueError(f"{op}: nothing can run: {reasons(op, *tensors)}")
+    raise ValueError(f"{op}: nothing can run: {reasons(op, *tensors, **options)}")
 
 
 def function(op: str, impl: str) -> Callable[..., Any]:
@@ -78,9 +83,9 @@ def function(op: str, impl: str) -> Callable[..., Any]:
     return _registry[op][impl].function
 
 
-def reasons(op: str, *tensors: torch.Tensor) -> dict[str, str | None]:
-    """For each implementation of `op`, why it cannot run for `tensors` (None when it can)."""
-    return {name: _registry[op][name].why_not(*tensors) for name in ORDER if name in _registry[op]}
+def reasons(op: str, *tensors: torch.Tensor, **options: object) -> dict[str, str | None]:
+    """For each implementation of `op`, why it cannot run for `tensors` and `options` (None when it can)."""
+    return {name: _registry[op][name].why_not(*tensors, **options) for name in ORDER if name in _registry[op]}
 
 
 def ops() -> list[str]:
@@ -88,7 +93,7 @@ def ops() -> list[str]:
     return sorted(_registry)
 
 
-def always(*_: torch.Tensor) -> None:
+def always(*_: torch.Tensor, **__: object) -> None:
     """Guard of the reference: it runs anywhere."""
 
 
@@ -117,7 +122,7 @@ def triton_kernel(op: str) -> Callable[..., Any]:
     return launch
 
 
-def _why_not_triton(dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor) -> str | None:
+def _why_not_triton(dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor, **_: object) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -139,7 +144,7 @@ def _not_served(dtypes: tuple[torch.dtype, ...], tensor: torch.Tensor) -> str | 
     return f"it serves {served}, got {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _why_not_native(device: str, dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor) -> str | None:
+def _why_not_native(device: str, dtypes: tuple[torch.dtype, ...], *tensors: torch.Tensor, **_: object) -> str | None:
     try:
         from stepcredit import _C
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -42,8 +43,13 @@ def in_range(op: str, name: str, value: float, low: float, high: float) -> None:
     require(low <= value <= high, f"{op}: {name} must be in [{low}, {high}], got {value!r}")
 
 
-# The checks below read values. They run inside the custom ops, and only for CPU tensors: on a GPU they would
-# force the host to wait for the device.
+# The checks below read values. They run inside the custom ops, where `reads_values` lets them.
+
+
+def reads_values(tensor: torch.Tensor) -> bool:
+    """Whether an op checks the values of arguments that are where `tensor` is. On a GPU the host would wait for them,
+    so only STEPCREDIT_DEBUG=1 in the environment has them checked there."""
+    return not tensor.is_cuda or os.environ.get("STEPCREDIT_DEBUG") == "1"
 
 
 def offsets(op: str, name: str, value: torch.Tensor, end: int) -> None:

@@ -22,7 +22,7 @@ _DTYPES = {
 }
 
 
-def why_not(*tensors: Tensor) -> str | None:
+def why_not(*tensors: Tensor, **_: object) -> str | None:
     """Why FlexAttention cannot run for these arguments of the op; None when it can."""
     for tensor in tensors:
         device = tensor.device.type

@@ -8,8 +8,10 @@ import torch
 
 from stepcredit import dispatch, reference
 from stepcredit.ops import _checks as check
-from stepcredit.ops import _gather_logprobs_cpu
-from stepcredit.ops._gather_logprobs_cpu import wide_dtype
+from stepcredit.ops import _gather_logprobs_cpu, _gather_logprobs_cuda
+from stepcredit.ops import _gather_logprobs_values as values
+from stepcredit.ops._gather_logprobs_tiles import wide_dtype
+from stepcredit.ops._gather_logprobs_values import out_of_range_targets as out_of_range_targets
 
 OP = "gather_logprobs"
 BACKWARD = "gather_logprobs_backward"
@@ -21,6 +23,9 @@ dispatch.register(BACKWARD, "cpu", _served)(_gather_logprobs_cpu.backward)
 _triton = dispatch.triton(torch.float32, torch.bfloat16, torch.float16)
 dispatch.register(OP, "triton", _triton)(dispatch.triton_kernel(OP))
 dispatch.register(BACKWARD, "triton", _triton)(dispatch.triton_kernel(BACKWARD))
+_cuda = dispatch.native_cuda(torch.float32, torch.float64, torch.bfloat16)
+dispatch.register(OP, "cuda", _cuda)(_gather_logprobs_cuda.forward)
+dispatch.register(BACKWARD, "cuda", _cuda)(_gather_logprobs_cuda.backward)
 
 
 @dispatch.register(OP, "reference", dispatch.always)
@@ -38,7 +43,7 @@ def _reference_backward(
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    *_: Tensor,
+    *_: Tensor | None,
     needs: tuple[bool, bool, bool],
     **options: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -52,23 +57,6 @@ def _reference_backward(
     return d_hidden if needs[0] else None, d_weight if needs[1] else None, d_bias[0] if needs[2] else None
 
 
-def _check_values(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
-    bad = ~hidden.isfinite().all(dim=1) if mask is None else ~hidden.isfinite().all(dim=1) & mask
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        value = float(hidden[row][~hidden[row].isfinite()][0])
-        raise ValueError(f"{OP}: hidden must be finite, got {value} in row {row}")
-    wrong = (targets < 0) | (targets >= weight.shape[0])
-    if mask is not None:
-        wrong &= mask[:, None]
-    if bool(wrong.any()):
-        row, k = (int(i) for i in wrong.nonzero()[0])
-        raise ValueError(f"{OP}: targets must lie in [0, {weight.shape[0]}), got {int(targets[row, k])} in row {row}")
-    if bias is not None:
-        at = (~((bias < torch.inf) | bias.isneginf())).nonzero()
-        check.require(len(at) == 0, f"{OP}: bias must be finite or -inf, got {float(bias[at[0]]) if len(at) else 0}")
-
-
 @torch.library.custom_op("stepcredit::gather_logprobs", mutates_args=())
 def _op(
     hidden: Tensor,
@@ -79,13 +67,19 @@ def _op(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    filter_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs [N, K], entropy, maximum and log-sum-exp above the maximum [N] (both 0 from the reference)."""
-    if not hidden.is_cuda:
-        _check_values(hidden, weight, targets, bias, row_mask)
+    wrong = None
+    if check.reads_values(hidden):
+        values.check_values(hidden, weight, targets, bias, row_mask)
+    else:
+        wrong = values.out_of_range(targets, weight.shape[0], row_mask)
+        values.count(wrong)
+        targets = targets.masked_fill(wrong, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        return dispatch.function(OP, impl)(
+        logprobs, *rest = dispatch.function(OP, impl)(
             hidden,
             weight,
             targets,
@@ -95,6 +89,7 @@ def _op(
             softcap=softcap,
             logit_scale=logit_scale,
         )
+    return logprobs if wrong is None else logprobs.masked_fill(wrong, torch.nan), *rest
 
 
 @_op.register_fake
@@ -116,6 +111,7 @@ def _backward_op(
     entropy: Tensor,
     maximum: Tensor,
     log_sum: Tensor,
+    filter_by: Tensor | None,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
@@ -124,7 +120,11 @@ def _backward_op(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; one that is not needed is empty."""
+    """Gradients of hidden, weight and bias; one that is not needed is empty. `filter_by`: the log-probs, where tiles of
+    the logits' gradient may be left out."""
+    if not check.reads_values(hidden):
+        wrong = values.out_of_range(targets, weight.shape[0], row_mask)
+        targets, grad_logprobs = targets.masked_fill(wrong, 0), grad_logprobs.masked_fill(wrong, 0.0)
     with torch.autocast(hidden.device.type, enabled=False):
         grads = dispatch.function(BACKWARD, impl)(
             grad_logprobs,
@@ -137,6 +137,7 @@ def _backward_op(
             entropy,
             maximum,
             log_sum,
+            filter_by,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -160,8 +161,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, temperature, softcap, logit_scale, impl = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, temperature, softcap, logit_scale, filter_gradient, impl = inputs
+    ctx.save_for_backward(*tensors, *output[1:], output[0] if filter_gradient else None)
     ctx.options = (temperature, softcap, logit_scale, impl)
     ctx.mark_non_differentiable(*output[2:])
 
@@ -170,7 +171,7 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Te
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return d_hidden, d_weight, None, d_bias, None, None, None, None, None
+    return d_hidden, d_weight, None, d_bias, None, None, None, None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -188,6 +189,7 @@ def gather_logprobs(
     logit_scale: float = 1.0,
     row_mask: Tensor | None = None,
     entropy: Literal[False] = False,
+    filter_gradient: bool = False,
     impl: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -202,6 +204,7 @@ def gather_logprobs(
     logit_scale: float = 1.0,
     row_mask: Tensor | None = None,
     entropy: Literal[True],
+    filter_gradient: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def gather_logprobs(
@@ -215,6 +218,7 @@ def gather_logprobs(
     logit_scale: float = 1.0,
     row_mask: Tensor | None = None,
     entropy: bool = False,
+    filter_gradient: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of target tokens under a language-model head, and the entropy, never holding all [N, V] logits.
@@ -229,8 +233,9 @@ def gather_logprobs(
     Differentiable, once, in hidden, weight and bias, through log-probs and entropy. Logits, log-sum-exp and the sums of
     the gradients are float32 whatever the input dtype (float64 for float64), also under autocast, which does not change
     the dtype of this op. Rows that cannot matter are never computed: masked rows in forward; in backward also every row
-    whose incoming gradients are all exactly 0 (its gradient is 0 even where its log-probs are NaN). Logits are
-    recomputed in backward, one tile at a time. Deterministic for a given number of threads.
+    whose incoming gradients are all exactly 0 (its gradient is 0 even where its log-probs are NaN); "cuda" alone
+    multiplies them, as zeros. Logits are recomputed in backward, one tile at a time. Deterministic for a given number
+    of threads.
 
     Args:
         hidden: float [N, H], last hidden states, finite on the rows that count; any strides.
@@ -242,7 +247,12 @@ def gather_logprobs(
         logit_scale: factor on the logits before the soft cap (Cohere).
         row_mask: bool [N]; log-probs and entropy of rows that are False are 0, and so are their gradients.
         entropy: also return the entropy.
-        impl: "triton", "cpu" or "reference"; None picks the first that can run.
+        filter_gradient: backward may leave out tiles of the logits' gradient D [N, V] in which no element is above
+            eps/2 * M / V, with M the largest |D| that a row has at its target and eps that of the dtype of hidden and
+            weight. The gradient of hidden[i, c] changes by at most eps/2 * M * mean_v |weight[v, c]|, that of
+            weight[v, c] by at most eps/2 * M * sum_i |hidden[i, c]| / V: one unit in the last place of the largest
+            terms they are sums of. That of the bias does not change. "triton" leaves tiles out, the others none.
+        impl: "triton", "cuda", "cpu" or "reference"; None picks the first that can run.
 
     Returns:
         logprobs of the shape of `targets`, in nats, float32 (float64 for float64 input); with `entropy=True` the pair
@@ -251,7 +261,9 @@ def gather_logprobs(
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong; hidden is not finite or a target is out of range on a row
-            that counts (values are checked for CPU tensors only, since on a GPU the check would make the host wait).
+            that counts. Values are checked for CPU tensors, and with STEPCREDIT_DEBUG=1 in the environment for all: on
+            a GPU the host then waits. Unchecked, a target out of range has the log-prob NaN, no part in gradients, and
+            is counted: `out_of_range_targets`.
 
     Source: the definition; the compaction of rows without gradient and the entropy gradient -p (log p + H), written so
     that p = 0 gives 0, are ours.
@@ -282,6 +294,7 @@ def gather_logprobs(
     columns = targets if targets.ndim == 2 else targets[:, None]
     given = [t for t in (hidden, weight, targets, bias, row_mask) if t is not None]
     name = dispatch.resolve(OP, impl, *given)
-    logprobs, entropies, _, _ = _op(hidden, weight, columns, bias, row_mask, temperature, softcap, logit_scale, name)
+    options = (temperature, softcap, logit_scale, filter_gradient)
+    logprobs, entropies, _, _ = _op(hidden, weight, columns, bias, row_mask, *options, name)
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropies) if entropy else logprobs

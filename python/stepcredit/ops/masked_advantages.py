@@ -67,9 +67,9 @@ dispatch.register(OP, "triton", dispatch.triton(torch.float32, torch.float64))(d
 
 def _check_steps(cu_seqlens: torch.Tensor, step_ids: torch.Tensor, steps: int) -> None:
     """The tokens of a step lie in one rollout."""
-    rollout = torch.arange(cu_seqlens.numel() - 1).repeat_interleave(cu_seqlens.diff())
+    rollout = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device).repeat_interleave(cu_seqlens.diff())
     tokens = (step_ids >= 0).nonzero().flatten()
-    owner = torch.full((steps,), -1)
+    owner = step_ids.new_full((steps,), -1)
     owner[step_ids[tokens]] = rollout[tokens]
     strays = tokens[owner[step_ids[tokens]] != rollout[tokens]]
     check.require(
@@ -97,7 +97,7 @@ def _op(
     soft_clip: float,
     impl: str,
 ) -> torch.Tensor:
-    if not rewards.is_cuda:
+    if check.reads_values(rewards):
         check.finite(OP, "rewards", rewards)
         check.indices(OP, "groups", groups, 0, rewards.numel())
         check.offsets(OP, "cu_seqlens", cu_seqlens, policy_mask.numel())
@@ -186,7 +186,7 @@ def masked_advantages(
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong; offsets fall; an index is out of range (values are
-            checked for CPU tensors only, since on a GPU the check would make the host wait).
+            checked for CPU tensors, and with STEPCREDIT_DEBUG=1 in the environment for all: a GPU's host then waits).
 
     Source: GRPO as in Search-R1 (arXiv 2503.09516), gains as in IG-Search (arXiv 2604.15148, equation 4). Parity:
     verl and Search-R1 are eps=1e-6, ddof=1, singleton="reward"; TRL is eps=1e-4, ddof=1; OpenRLHF is eps=1e-9, ddof=1.

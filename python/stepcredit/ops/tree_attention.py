@@ -8,14 +8,14 @@ import torch
 
 from stepcredit import dispatch, reference
 from stepcredit.ops import _checks as check
-from stepcredit.ops import _tree_attention_cpu, _tree_attention_flex
+from stepcredit.ops import _tree_attention_cpu, _tree_attention_flash, _tree_attention_flex
 from stepcredit.ops._tree_layout import TreeLayout
 
 OP = "tree_attention"
 dispatch.register(OP, "reference", dispatch.always)(reference.tree_attention)
 
 
-def _cpu_why_not(*tensors: torch.Tensor) -> str | None:
+def _cpu_why_not(*tensors: torch.Tensor, **_: object) -> str | None:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"it serves CPU tensors, got one on {tensor.device}"
@@ -25,13 +25,14 @@ def _cpu_why_not(*tensors: torch.Tensor) -> str | None:
 
 
 dispatch.register(OP, "cpu", _cpu_why_not)(_tree_attention_cpu.attend)
+dispatch.register(OP, "flash", _tree_attention_flash.why_not)(_tree_attention_flash.attend)
 dispatch.register(OP, "flex", _tree_attention_flex.why_not)(_tree_attention_flex.attend)
 
 
 _triton_serves = dispatch.triton(torch.float32, torch.bfloat16, torch.float16)
 
 
-def _triton_why_not(*tensors: torch.Tensor) -> str | None:
+def _triton_why_not(*tensors: torch.Tensor, **_: object) -> str | None:
     if (reason := _triton_serves(*tensors)) is not None:
         return reason
     for tensor in tensors:
@@ -99,8 +100,8 @@ def tree_attention(
         scale: factor on q @ k, default 1 / sqrt(D).
         softcap: bound of the scores through tanh (Gemma-2); None switches it off.
         window: a token sees keys fewer than `window` positions back on its path, itself included; None: all of them.
-        impl: "triton", "cpu", "flex" (torch's FlexAttention; on a CPU for tests alone) or "reference"; None picks the
-            first of them that can run.
+        impl: "triton", "cpu", "flash" (the package flash-attn; without a window that hides keys), "flex" (torch's
+            FlexAttention; on a CPU for tests alone) or "reference"; None picks the first of them that can run.
 
     Returns:
         out [T, Hq, D], contiguous, dtype of q.
@@ -133,5 +134,5 @@ def tree_attention(
         f"{OP}: forward only, but q, k or v requires a gradient; call it under torch.no_grad()",
     )
     layout = (tree.cu_segments, tree.cu_ranges, tree.ranges, tree.positions)
-    name = dispatch.resolve(OP, impl, q, k, v, *layout)
+    name = dispatch.resolve(OP, impl, q, k, v, *layout, window=window)
     return _op(q, k, v, *layout, scale, None if softcap is None else float(softcap), window, name)
