@@ -180,10 +180,14 @@ def test_a_row_whose_scores_are_all_minus_infinity_is_nan() -> None:
 def test_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = layout(SEGMENTS)
     q, k, v = qkv(tree.num_tokens)
-    monkeypatch.setattr(flash, "PRESENT", False)
+    monkeypatch.setattr(flash, "INSTALLED", None)
     with pytest.raises(ValueError, match=r"impl='flash' cannot run: .*pip install flash-attn"):
         tree_attention(q, k, v, tree, impl="flash")
-    monkeypatch.setattr(flash, "PRESENT", True)
+    for old in ((2, 5), (3, 0)):
+        monkeypatch.setattr(flash, "INSTALLED", old)
+        with pytest.raises(ValueError, match=rf"needs flash-attn 2\.6 or a later version 2, got {old[0]}\.{old[1]}"):
+            tree_attention(q, k, v, tree, impl="flash")
+    monkeypatch.setattr(flash, "INSTALLED", (2, 8))
     with pytest.raises(ValueError, match="it serves CUDA tensors, got one on cpu"):
         tree_attention(q, k, v, tree, impl="flash")
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)  # else its kernel comes first

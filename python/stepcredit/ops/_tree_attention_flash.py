@@ -6,15 +6,24 @@ Never run with the package itself: the tests put a plain function of its signatu
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterable, Iterator
 
 import torch
 
 Tensor = torch.Tensor
 
-#: Found, not imported: that would load its CUDA libraries.
-PRESENT = importlib.util.find_spec("flash_attn") is not None
+
+def _installed() -> tuple[int, int] | None:
+    """Version of the package, which is not imported: that would load its CUDA libraries."""
+    try:
+        major, minor = importlib.metadata.version("flash-attn").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+INSTALLED = _installed()
 
 #: Its sequences are the second axis of a grid, and ranges take two of them a segment.
 MAX_SEGMENTS = 65_535 // 2
@@ -22,8 +31,10 @@ MAX_SEGMENTS = 65_535 // 2
 
 def why_not(*tensors: Tensor, window: int | None = None) -> str | None:
     """Why flash-attn cannot run for these arguments of the op; None when it can."""
-    if not PRESENT:
+    if INSTALLED is None:
         return "the package flash-attn is not installed (pip install flash-attn)"
+    if not (2, 6) <= INSTALLED < (3, 0):  # before, there were no soft caps and log-sum-exps were padded
+        return f"it needs flash-attn 2.6 or a later version 2, got {'.'.join(map(str, INSTALLED))}"
     for tensor in tensors:
         if tensor.device.type != "cuda":
             return f"it serves CUDA tensors, got one on {tensor.device}"
