@@ -12,9 +12,8 @@ if missing := [name for name in ("trl", "peft") if importlib.util.find_spec(name
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
-from transformers.utils import get_json_schema
 from trl import GRPOConfig, GRPOTrainer
-from trl.chat_template_utils import qwen2_5_chat_template, qwen3_chat_template
+from trl.chat_template_utils import qwen2_5_chat_template
 
 from scripted_rollouts import random_policy
 from stepcredit.credit import IGSearch
@@ -66,6 +65,19 @@ class Recorded(GRPOTrainer):
 
 
 class WithGains(IGSearchMixin, Recorded):
+    pass
+
+
+class Wide(Recorded):
+    """Its advantages are (B, T) already."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        output["advantages"] = output["advantages"][:, None].expand(output["completion_ids"].shape)
+        return output
+
+
+class WideWithGains(IGSearchMixin, Wide):
     pass
 
 
@@ -294,8 +306,8 @@ def test_lora_is_trained_and_the_base_is_not(tmp_path):
     assert [line["ig/scored"] > 0 for line in metrics(trainer)] == [True] * 3
 
 
-def test_a_policy_under_autocast_is_scored(tmp_path):
-    trainer = trained(tmp_path, config={"bf16": True, "max_steps": 1})
+def test_a_policy_under_autocast_with_advantages_of_tokens(tmp_path):
+    trainer = trained(tmp_path, WideWithGains, config={"bf16": True, "max_steps": 1})
     differs_exactly_on(trainer, CALL, CLOSE)
     assert metrics(trainer)[0]["ig/audit_difference"] > 0
 
@@ -374,24 +386,3 @@ def test_a_trl_without_the_seam_is_refused(monkeypatch):
     monkeypatch.delattr(GRPOTrainer, "_generate_and_score_completions")
     with pytest.raises(RuntimeError, match=r"this trl has no GRPOTrainer\._generate_and"):
         IGSearchTrainer()
-
-
-@pytest.mark.parametrize("template", [qwen2_5_chat_template, qwen3_chat_template])
-def test_templates_that_trl_ships_are_read(template):
-    ToolCalls().check_template(TOKENIZER, template)
-
-
-def test_the_search_tool():
-    tool = SearchTool(Corpus(), top_k=2, max_searches=2, passage_words=2)
-    schema = get_json_schema(tool.search)["function"]
-    assert (schema["name"], list(schema["parameters"]["properties"])) == ("search", ["query"])
-    assert tool.search(" river Lyon ") == "river: Of the\nLyon: Of the"
-    assert tool.search("  ") == ToolCalls().empty_query_notice
-    with pytest.raises(TypeError, match="query must be a string, got 3"):
-        tool.search(3)
-    assert "Paris: Of the" in tool.search("x Paris")
-    assert tool.search("Rome") == ToolCalls().exhausted_notice
-    assert tool.counts == {"cut_passages": 4, "empty_queries": 1, "excess_searches": 1}
-    tool.reset(prompt="a row")
-    assert not tool.counts
-    assert "Rome" in tool.search("x Rome")
