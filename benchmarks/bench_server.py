@@ -63,6 +63,10 @@ class Process:
         command = [sys.executable, "-m", "benchmarks.server_process", *arguments]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
+
+    def wait(self) -> None:
+        """Until it listens."""
+        assert self.process is not None
         assert self.process.stdout is not None
         said = self.process.stdout.readline().split()
         assert said[:1] == ["PORT"], f"the {self.kind} server did not start"
@@ -76,13 +80,17 @@ class Process:
 
 
 @contextmanager
-def server(kind: str, size: dict[str, int]) -> Iterator[Process]:
-    process = Process(kind, size)
+def servers(size: dict[str, int], *kinds: str) -> Iterator[list[Process]]:
+    processes = [Process(kind, size) for kind in kinds]
     try:
-        process.start()
-        yield process
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.wait()
+        yield processes
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
 
 
 @dataclass
@@ -133,10 +141,6 @@ class Load:
             self.waits.append(waited)
             self.queries += len(queries)
 
-    def forget(self) -> None:
-        """What was seen so far was to warm up."""
-        self.waits, self.queries, self.seconds, self.counts = [], 0, 0.0, Counter()
-
     def report(self, info: dict[str, Any], prefix: str = "") -> None:
         p50, p99 = np.percentile(self.waits, [50, 99])
         info |= {f"{prefix}p50_seconds": float(p50), f"{prefix}p99_seconds": float(p99)}
@@ -155,10 +159,7 @@ def test_server(benchmark: Any, shape: str) -> None:
     size = SHAPES["server"][shape]
     right = direct(size)
     ours, plain = Load(size, right, {"timeout": 60.0, "retries": 0}), Load(size, right, {"timeout": 60.0, "retries": 0})
-    with server("ours", size) as our_server, server("plain", size) as plain_server:
-        for load, process in ((ours, our_server), (plain, plain_server)):
-            load.run(process.url)
-            load.forget()
+    with servers(size, "ours", "plain") as (our_server, plain_server):
         interleave(benchmark, lambda: ours.run(our_server.url), {"plain": lambda: plain.run(plain_server.url)})
     ours.report(benchmark.extra_info)
     plain.report(benchmark.extra_info, "plain_")
@@ -171,7 +172,7 @@ def test_server_with_faults(benchmark: Any, shape: str, faults: str) -> None:
     load = Load(size, direct(size), PATIENCE)
     turns = size["clients"] * size["groups"] * TURNS
     restarts = 0
-    with server("faulty", size) as process:
+    with servers(size, "faulty") as (process,):
 
         def killer() -> None:
             nonlocal restarts
@@ -179,6 +180,7 @@ def test_server_with_faults(benchmark: Any, shape: str, faults: str) -> None:
                 time.sleep(0.01)
             process.kill()
             process.start()
+            process.wait()
             restarts += 1
 
         thread = threading.Thread(target=killer, daemon=True)

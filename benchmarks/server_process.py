@@ -2,7 +2,8 @@
 
 `ours` is `stepcredit.retrieval.server`, `faulty` the same behind injected errors, and `plain` a server of the structure
 that Search-R1's has: a synchronous handler that searches a request by itself, a round trip through NumPy a batch, a
-lookup a hit. All have one engine, one corpus and one stand-in for an encoder. It says "PORT <number>" when it listens.
+lookup a hit. It searches one request at a time, as a GPU does, since on a CPU its forty threads would fight for the
+cores. All have one engine, one corpus and one stand-in for an encoder. It says "PORT <number>" when it listens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import hashlib
 import random
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,11 +68,13 @@ class Asked(BaseModel):
 
 def plain_app(retriever: DenseRetriever) -> FastAPI:
     app = FastAPI()
+    one = threading.Lock()
 
     @app.post("/retrieve")
     def retrieve(asked: Asked) -> Any:
         vectors = retriever.encoder.encode_queries(asked.queries).numpy()
-        found = topk_search(torch.from_numpy(vectors), retriever.index.vectors, asked.topk or 3)
+        with one:
+            found = topk_search(torch.from_numpy(vectors), retriever.index.vectors, asked.topk or 3)
         scores, rows = (values.numpy().tolist() for values in found)
         result = []
         for line, own in zip(rows, scores, strict=True):

@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
     # Clients that each run so many groups of rollouts, one after another; a group searches together, three times.
     "server": {
         "small": {"clients": 8, "groups": 2, "passages": 4096, "width": 64, "k": 3},
-        "64_clients": {"clients": 64, "groups": 4, "passages": 100_000, "width": 384, "k": 3},
+        "64_clients": {"clients": 64, "groups": 2, "passages": 50_000, "width": 384, "k": 3},
     },
     "topk_search": {
         "small": {"queries": 16, "passages": 4096, "width": 64, "k": 10},

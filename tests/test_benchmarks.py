@@ -23,12 +23,13 @@ from benchmarks import (
     report,
 )
 from scripted_rollouts import random_policy
+from serving import MISSING, Echo, serving
 from stepcredit.counterfactual import score_steps
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.policy import tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ["gather_logprobs", "information_gain", "masked_advantages", "topk_search"]
+OPS = ["gather_logprobs", "information_gain", "masked_advantages", "server", "topk_search"]
 
 
 #: The quick report as from the command line, in the fewest rounds; then again with a kernel that is off by one.
@@ -173,6 +174,15 @@ def test_lines_compare_with_what_is_committed():
     assert "before" not in "".join(report.lines(new, None))
 
 
+def test_what_clients_of_a_server_saw_is_in_its_line():
+    row = {"shape": "small", "seconds": 2.0, "plain_over_ours": 3.0, "retries": 7}
+    for prefix, factor in (("", 1), ("plain_", 10)):
+        seen = {"p50_seconds": 0.002 * factor, "p99_seconds": 0.3 * factor, "queries_per_second": 900 / factor}
+        row |= {prefix + name: value for name, value in seen.items()}
+    line = report.line(row, None)
+    assert "plain 3.00x  900 queries/s p50 2 ms p99 300 ms  plain 90 queries/s p50 20 ms p99 3 s" in line
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0125, "12.5 ms"), (3e-6, "3 us"), (4e-8, "0.04 us")])
 def test_durations(seconds, text):
     assert report.line({"seconds": seconds}, None).split() == text.split()
@@ -290,6 +300,25 @@ def test_wrong_scores_have_no_speed(wrong, monkeypatch):
         found = bench_counterfactual.ways("small", torch.float32)
         assert found["ours"].tokens > found["old_logprobs"].tokens
         assert found["separate"].tokens >= found["trimmed"].tokens > found["cached"].tokens
+
+
+def test_a_server_that_is_wrong_or_loses_has_no_speed():
+    pytest.importorskip("fastapi", reason=MISSING)
+    from benchmarks.bench_server import TURNS, Load
+
+    size, right = {"clients": 3, "groups": 2, "k": 2}, {"a": ["a0", "a1"]}
+    with serving(Echo()) as running:
+        load = Load(size, right, {"retries": 0})
+        load.run(running.url)
+        assert len(load.waits) == 3 * 2 * TURNS
+        info = {}
+        load.report(info, "plain_")
+        assert info["plain_queries_per_second"] == load.queries / load.seconds
+        assert 0 < info["plain_p50_seconds"] <= info["plain_p99_seconds"] <= max(load.waits)
+        with pytest.raises(AssertionError, match="wrong passages"):
+            Load(size, {"a": ["a1", "a0"]}, {"retries": 0}).run(running.url)
+    with pytest.warns(UserWarning, match="retrieval of"), pytest.raises(AssertionError, match="a rollout is lost"):
+        Load(size, right, {"retries": 0}).run(running.url)
 
 
 def test_baselines_run_between_rounds(monkeypatch):

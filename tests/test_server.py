@@ -135,10 +135,12 @@ def test_bad_requests_are_refused_with_a_sentence(body, status, detail):
     assert len(echo.calls) == 1
 
 
-def test_a_body_without_a_length_is_limited_too():
+@pytest.mark.parametrize(
+    "rest", [b"Content-Length: 1001\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n400\r\n" + b" " * 1024]
+)
+def test_a_body_is_refused_before_it_is_read(rest):
     with serving(Echo(), limits=Limits(max_bytes=1000)) as running, running.connected() as connection:
-        connection.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        connection.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+        connection.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\n" + rest)
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 

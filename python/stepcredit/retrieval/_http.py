@@ -43,7 +43,7 @@ class Endpoint:
         max_idle: connections that are kept.
     """
 
-    def __init__(self, url: str, *, connect_timeout: float, max_bytes: int, max_idle: int = 16) -> None:
+    def __init__(self, url: str, *, connect_timeout: float, max_bytes: int, max_idle: int = 64) -> None:
         parts = urlsplit(url)
         if parts.username is not None or parts.fragment:  # not shown: it may be a password
             raise ValueError("url must have no user name, password or fragment")

@@ -33,7 +33,7 @@ class RemoteRetriever:
       the rollout and counts as `failed_retrievals`.
 
     Against a server that finds fewer than `k` for some queries the hits are ragged (see `Hits`). Safe for several
-    threads. Proxies of the environment are not used.
+    threads; a process that is forked needs one of its own. Proxies of the environment are not used.
 
     Args:
         url: of the endpoint, path included, such as http://127.0.0.1:8000/retrieve.
