@@ -173,9 +173,10 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path, model_directory):
 
 def test_what_is_not_the_run_that_was_stopped_is_refused(tmp_path, monkeypatch):
     records, _ = many(8)
-    stop_at(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        score(tmp_path, records, window=4)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            score(tmp_path, records, window=4)
     other = random_policy("llama", TOKENIZER)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(2)
