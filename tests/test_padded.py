@@ -67,7 +67,7 @@ def test_what_no_search_asked_for_belongs_to_no_step():
     turns = [("hm", True), (REFINE.documents([]), False), ("<search> </search>", True), ("\nempty\n", False)]
     ids = [encode(tokenizer, text) for text, _ in turns]
     by_policy = [mine for one, (_, mine) in zip(ids, turns, strict=True) for _ in one]
-    read = rollout_from_tokens(QUESTION, [1], sum(ids, []), by_policy, tokenizer, "refine")
+    read = rollout_from_tokens(QUESTION, [1], [i for one in ids for i in one], by_policy, tokenizer, "refine")
     assert read.counts["unasked_documents"] == 1
     assert not read.searches
     assert {s.step for s in read.spans} == {-1}
@@ -79,7 +79,7 @@ def test_a_forced_opener_is_no_part_of_the_passages():
     query, answer = encode(tokenizer, "<search>a</search>"), encode(tokenizer, "Paris</answer>")
     ids = [query, documents + opener, answer]
     by_policy = [mine for one, mine in zip(ids, (True, False, True), strict=True) for _ in one]
-    read = rollout_from_tokens(QUESTION, [1], sum(ids, []), by_policy, tokenizer, REFINE)
+    read = rollout_from_tokens(QUESTION, [1], [i for one in ids for i in one], by_policy, tokenizer, REFINE)
     assert read.answer == "Paris"
     assert read.find(SpanKind.DOCUMENTS, 0).stop == 1 + len(query) + len(documents)
 
@@ -99,12 +99,11 @@ def batch_of(rollouts, tokenizer, *, left=0):
 
 def group(tokenizer):
     other = Question("p", "Who is the mayor?", ("Paris",))
-    rollouts = [
+    return [
         write(tokenizer, QUESTION, SEARCHES, group=0, reward=1.0),
         write(tokenizer, QUESTION, SEARCHES[:1], group=0),
         write(tokenizer, other, SEARCHES[2:], group=1),
     ]
-    return rollouts
 
 
 @pytest.mark.parametrize("left", [0, 3])
