@@ -132,7 +132,7 @@ def test_the_bonus_is_what_the_gains_add():
     torch.testing.assert_close(bonus.advantages, whole - outcome, atol=1e-6, rtol=0)
     assert bonus.advantages[batch.step_ids >= 0].abs().max() > 1e-4
     assert not bonus.advantages[batch.step_ids < 0].any()
-    assert bonus.metrics["ig/scored"] == 3  # of four searches one was answered by a notice
+    assert bonus.metrics["ig/scored"] == 4  # of five searches one was answered by a notice
     assert not method.bonus(batch, PolicyScorer(policy.model, tokenizer, REFINE), step=3).advantages.isnan().any()
 
 
