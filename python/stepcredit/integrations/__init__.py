@@ -1,0 +1,1 @@
+"""StepCredit inside trainers that people already run; each module needs the framework it is named after."""

@@ -1,0 +1,18 @@
+"""Which versions of a framework an integration runs with."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from packaging.version import Version
+
+
+def require(package: str, minimum: str, below: str) -> None:
+    """ImportError when `package` is missing (naming the extra), RuntimeError naming found version and range when it is
+    outside."""
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed: pip install 'stepcredit[{package}]'") from None
+    if not Version(minimum) <= Version(found) < Version(below):
+        raise RuntimeError(f"{package} {found} is not supported; this integration needs {package}>={minimum},<{below}")
