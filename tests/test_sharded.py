@@ -24,7 +24,7 @@ def work(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh("cpu", (2,))
@@ -52,6 +52,12 @@ def work(rank: int, directory: str) -> None:
         assert torch.equal(audited.gain, gains.gain)
         assert audited.difference < 1e-5
         torch.save(gains.gain, f"{directory}/{rank}{tied}")
+    model = random_policy("llama", TOKENIZER)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    policy = PolicyScorer(model, TOKENIZER, REFINE)
+    assert score(policy, rank, True).scored.any()  # what goes into a layer is cast, and the audit finds it right
+    assert policy.compute_dtype is torch.bfloat16
     torch.distributed.destroy_process_group()
 
 

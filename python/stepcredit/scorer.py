@@ -49,6 +49,7 @@ class PolicyScorer:
         protocol: tag grammar in which the policy's rollouts are written, or its name.
 
     Attributes:
+        name: the model's class.
         tokens_forwarded: tokens run through the model so far.
         compute_dtype: of the last pass's hidden states, which under FSDP2's mixed precision is not that of the weights.
 
@@ -60,10 +61,16 @@ class PolicyScorer:
         if (reason := why_not(model)) is not None:
             raise ValueError(f"{type(model).__name__} cannot be scored with token trees: {reason}")
         self.model = model
+        self.name = type(model).__name__
         self.tokenizer = tokenizer
         self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.tokens_forwarded = 0
         self.compute_dtype: torch.dtype = model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes."""
+        return self.model.device
 
     @property
     def max_context(self) -> int | None:

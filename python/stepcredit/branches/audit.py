@@ -24,7 +24,7 @@ def tolerance(policy: PolicyScorer) -> float:
     """How far two ways to compute mean log-probs may lie apart by rounding, in the mean over contexts, per nat of score
     and at least for one nat. Ours: with SmolLM2-135M in bfloat16 single contexts differ by up to 0.22 nats, and a wrong
     window of 100 tokens by 3.4."""
-    dtype, device = policy.compute_dtype, policy.model.device.type
+    dtype, device = policy.compute_dtype, policy.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if dtype in (torch.float32, torch.float64):
@@ -69,6 +69,6 @@ def audit(
     if not (in_mean and differences[worst] <= OUTLIER * allowed * sizes[worst]):
         raise RuntimeError(
             f"{places[worst][0]}: the packed pass scores {packed[worst]:.6f} nats a token, a separate forward"
-            f" {separate[worst]:.6f}; tree attention does not fit {type(policy.model).__name__}"
+            f" {separate[worst]:.6f}; tree attention does not fit {policy.name}"
         )
     return max(differences)

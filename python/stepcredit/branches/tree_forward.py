@@ -7,7 +7,6 @@ afterwards, keep the last layer and the head to the rows that are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,9 +27,9 @@ class _Captured(Exception):
     """A layer was run for its keys and values alone."""
 
 
-@dataclass(slots=True)
 class _Pass:
-    """Travels through a forward pass as the keyword `tree`.
+    """Travels through a forward pass as the keyword `tree`. Not a dataclass: where FSDP2 casts what goes into a layer,
+    each layer gets a copy of those.
 
     Attributes:
         layout: of the T packed tokens.
@@ -40,11 +39,12 @@ class _Pass:
         kept: keys and values of all T tokens, for a layer that is given `rows` alone.
     """
 
-    layout: TreeLayout
-    rows: torch.Tensor
-    layers: int = 0
-    capture: bool = False
-    kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, layout: TreeLayout, rows: torch.Tensor) -> None:
+        self.layout = layout
+        self.rows = rows
+        self.layers = 0
+        self.capture = False
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def _attention(
