@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scripted_rollouts import random_policy
-from stepcredit.retrieval import Hits, Passage
+from stepcredit.retrieval import Hits, Passage, RetrievalError
 from stepcredit.tokens import encode
 
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "'
@@ -70,6 +70,6 @@ class Corpus:
     def search(self, queries, k):
         self.searches += 1
         if self.fails and self.searches % self.fails == 0:
-            raise ConnectionError("the index is down")
+            raise RetrievalError("the index is down")
         rows = [[Passage(w, w, f"Of the {w} much is written, and it is old.") for w in q.split()[:k]] for q in queries]
         return Hits(np.zeros((len(rows), k), np.float32), [[p.id for p in row] for row in rows], rows)
