@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from stepcredit import topk_search
 from stepcredit.retrieval import Passage
 from stepcredit.retrieval.dense import DenseRetriever
+from stepcredit.retrieval.index import DenseIndex
 from stepcredit.retrieval.server import create_app, listen, server_of
 from stepcredit.retrieval.wire import document_of
 
@@ -57,7 +58,7 @@ def build_retriever(passages: int, width: int) -> DenseRetriever:
     vectors = torch.randint(-8, 9, (passages, width), generator=generator, dtype=torch.int8).float()
     corpus = [Passage(str(i), f"Town {i}", f"{i}: {_WORDS}") for i in range(passages)]
     encoder: Any = HashEncoder(width)  # as much of an Encoder as a search needs
-    return DenseRetriever(corpus, encoder, vectors=vectors)
+    return DenseRetriever(corpus, encoder, index=DenseIndex.build(vectors))
 
 
 class Asked(BaseModel):

@@ -29,7 +29,7 @@ from stepcredit.scorer import PolicyScorer
 from stepcredit.train.policy import tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ["gather_logprobs", "information_gain", "masked_advantages", "server", "topk_search"]
+OPS = ["dense_index", "gather_logprobs", "information_gain", "masked_advantages", "server", "topk_search"]
 
 
 #: The quick report as from the command line, in the fewest rounds; then again with a kernel that is off by one.
@@ -91,7 +91,8 @@ def test_results_are_written_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "BENCHES", tmp_path)
     monkeypatch.setattr(report, "DEVICE", "cpu")
     monkeypatch.setattr(report, "measure", lambda op, quick, only: dumps[op])
-    monkeypatch.setattr(report, "git", lambda command, *_: committed if command == "show" else "abc\n")
+    said = {"show": committed, "rev-parse": "abc\n", "status": ""}
+    monkeypatch.setattr(report, "git", lambda command, *_: said[command])
     for name in report.MISLEADING:
         monkeypatch.delenv(name, raising=False)
     assert report.main([]) == 1
