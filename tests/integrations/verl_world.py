@@ -18,7 +18,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from scripted_rollouts import random_policy
 from stepcredit.integrations.verl import ScoringWorker
-from stepcredit.retrieval import Hits, Passage, check_search
+from stepcredit.retrieval import Hits, Passage, RetrievalError, check_search
 from tokenizers_under_test import byte_bpe
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}\n{% endif %}"
@@ -54,7 +54,7 @@ class Corpus:
     def search(self, queries: Sequence[str], k: int) -> Hits:
         check_search(queries, k)
         if "broken" in queries:
-            raise OSError("the index is gone")
+            raise RetrievalError("the index is gone")
         found = [[PASSAGES[query]] if query in PASSAGES else [] for query in queries]
         return Hits(scores=None, ids=[[p.id for p in row] for row in found], passages=found)
 
