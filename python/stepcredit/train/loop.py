@@ -90,7 +90,7 @@ def train_step(
     """One GRPO step; returns its metrics. `verify`: the credit is audited where its method can be."""
     torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
     clock = Clock()
-    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.retriever.seconds
+    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.seconds_retrieval
     questions = questions_of_step(parts.dataset.train, config.questions_per_step, config.seed, step)
 
     with clock("rollout"), parts.reporter.task("  rollouts", len(questions) * config.group_size) as advance:
@@ -144,7 +144,7 @@ def train_step(
         "tokens_forwarded": sum(tokens.values()),
         **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
         "ig_seconds_share": credit.metrics.get("ig/seconds", 0.0) / clock.total,
-        "seconds_retrieval": parts.retriever.seconds - waited_before,
+        "seconds_retrieval": parts.seconds_retrieval - waited_before,
         "seconds": clock.total,
     }
 
