@@ -64,11 +64,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         choices(self, "data.")
-        if self.questions in (
-            "",
-            "atlas",
-            "scenes",
-        ):  # empty: a recipe leaves it to the user, and building the run refuses it
+        # Empty: a recipe leaves it to the user, and building the run refuses it.
+        if self.questions in ("", "atlas", "scenes"):
             require(
                 not self.corpus, "data.corpus", f"empty with data.questions={self.questions or 'nothing'}", self.corpus
             )
