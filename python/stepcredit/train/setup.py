@@ -208,6 +208,7 @@ def _texts(dataset: Dataset, protocol: Protocol) -> Iterator[str]:
     tags = ("search", "answer", "information", "documents", *filter(None, [protocol.merge_tag]))
     if protocol.inquiry == "ask":
         tags = ("ask", "answer", "reply")
+        yield from (f"<ask> {asks} </ask>" for q in dataset.train for asks in q.plan)
     yield from (f"Question: {q.text}\n" for q in dataset.train)
     yield from (f"{p.title}: {p.text}" for p in dataset.passages)
     yield from [f"<{tag}> </{tag}>" for tag in tags] * 500
