@@ -123,7 +123,14 @@ def build_scenes(seed: int = 0, *, observe: Observe = describe) -> ReferringData
                     kind="one_question" if len(varied) == 1 else "two_questions",
                 )
             )
-    return ReferringDataset(name="scenes", passages=[], referrals=referrals, **questions)
+    return ReferringDataset(
+        name="scenes",
+        passages=[],
+        train=questions["train"],
+        dev=questions["dev"],
+        test=questions["test"],
+        referrals=referrals,
+    )
 
 
 def _refer(varied: list[Attribute], rng: random.Random) -> Referral | None:

@@ -186,10 +186,10 @@ def region(text: str, scene: Scene) -> Mask | None:
         return None
     if any(word not in WORDS and word not in FILLERS for word in words):
         return None
-    mask = np.ones((SIDE, SIDE), np.bool_)
+    mask: Mask = np.ones((SIDE, SIDE), np.bool_)
     if features:
         fitting = [thing.fits(features) for thing in scene.things]
-        mask = scene.masks()[fitting].any(0)
+        mask = np.asarray(scene.masks()[fitting].any(0))
     for x1, y1, x2, y2 in (map(int, box) for box in boxes):
         if x1 >= min(x2, SIDE) or y1 >= min(y2, SIDE):
             return None

@@ -71,7 +71,8 @@ def reply(question: str, target: Thing, scene: Scene) -> Reply:
     if features and not is_open:
         return _closed(words, features, target, scene)
     if len(asked) == 1:
-        return Reply(_say(*asked, target))
+        (attribute,) = asked
+        return Reply(_phrase(attribute, target.value(attribute)))
     return Reply(f"I do not understand. {_HINT}", "unclear_questions")
 
 
@@ -93,10 +94,6 @@ def _closed(words: list[str], features: list[tuple[str, str]], target: Thing, sc
     if not any(thing.fits(known) for thing in scene.things):
         return Reply("Nothing in the scene is like that.", "foreign_questions")
     return Reply("Yes." if target.fits(known) else "No.")
-
-
-def _say(attribute: Attribute, target: Thing) -> str:
-    return _phrase(attribute, target.value(attribute))
 
 
 def _phrase(name: str, value: str) -> str:
