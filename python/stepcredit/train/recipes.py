@@ -96,7 +96,7 @@ def clarify() -> TrainConfig:
         rewards=RewardWeights(f1=0.0, iou=1.0),
         credit=Clarify(),
         warm_start=WarmStartConfig(
-            steps=40,
+            steps=15,
             batch=12,
             learning_rate=1e-4,
             # What to answer once one knows is shown; whether to ask, and for what, is left to learn.
