@@ -10,6 +10,7 @@ from stepcredit.credit.distillation import Distillation
 from stepcredit.credit.gigpo import GiGPO
 from stepcredit.credit.ig_search import IGSearch
 from stepcredit.credit.igpo import IGPO
+from stepcredit.credit.mr_search import MRSearch
 from stepcredit.credit.multi_search import MultiSearch
 from stepcredit.credit.sd_search import SDSearch
 from stepcredit.credit.search_r1 import SearchR1
@@ -28,6 +29,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "gigpo": GiGPO,
     "tips": TIPS,
     "step_search": StepSearch,
+    "mr_search": MRSearch,
 }
 
 
@@ -47,6 +49,7 @@ __all__ = [
     "Distillation",
     "GiGPO",
     "IGSearch",
+    "MRSearch",
     "MultiSearch",
     "SDSearch",
     "SearchR1",
