@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
@@ -25,7 +23,6 @@ def test_a_method_that_is_wrong_has_no_speed(wrong, monkeypatch):
 
     monkeypatch.setattr(bench_methods, "METHODS", {"search_r1": bench_methods.SearchR1(), "wrong": Wrong()})
     if wrong == "turns":
-        monkeypatch.setattr(bench_methods, "words_only", lambda scorer: contextlib.nullcontext())
         monkeypatch.setattr(step.script, "written", ([0] * 7, [0] * 3))
     if wrong is None:
         bench_methods.check(step, "one_update", torch.float32)

@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from stepcredit.credit.hindsight import with_block
 from stepcredit.data.demonstrations import Demonstration
@@ -250,7 +249,6 @@ def test_the_engine_plays_episodes_and_forwards_no_token_twice():
     parts.environment.episodes = 3
     engine = HFEngine(parts.model, parts.tokenizer, parts.environment.protocol)
     sampling = Sampling(max_turn_tokens=24, max_answer_tokens=12, seed=3)
-    torch.set_num_threads(1)
     rollouts = engine.rollout(parts.dataset.train[:3], parts.environment, sampling, group_size=4)
     assert {len(r.episodes) for r in rollouts if r.finish == "answered"} == {3}
     assert any(len(r.searches) > parts.environment.max_searches for r in rollouts)
