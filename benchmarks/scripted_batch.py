@@ -21,8 +21,8 @@ from stepcredit.train.engine import Transcript
 from stepcredit.train.policy import tiny_policy
 from stepcredit.train.rewards import RewardWeights, assign_rewards
 
-#: Tokens of a prompt, and of reasoning and query of a turn.
-PROMPT, THINK, QUERY = 200, 25, 10
+#: Tokens of reasoning and query of a turn.
+THINK, QUERY = 25, 10
 PROTOCOL = get_protocol("search_r1")
 WORDS = [f"{a}{b}{c}" for a in "kstnm" for b in "aeiou" for c in "lrnsk"]
 
@@ -53,13 +53,15 @@ class Script:
 
     protocol = PROTOCOL
 
-    def __init__(self, scorer: PolicyScorer, *, searches: int, passage: int, groups: int, rollouts: int) -> None:
+    def __init__(
+        self, scorer: PolicyScorer, *, prompt: int, searches: int, passage: int, groups: int, rollouts: int
+    ) -> None:
         self.tokenizer, self.searches, self.size = scorer.tokenizer, searches, rollouts
         self.passages = [
             [self.text(passage, ("passage", b, step)) for step in range(searches)] for b in range(rollouts)
         ]
         self.questions = [
-            Question(f"q{g}", self.text(PROMPT, ("prompt", g)), (self.text(6, ("gold", g)),), supporting=(f"{g} 0 0",))
+            Question(f"q{g}", self.text(prompt, ("prompt", g)), (self.text(6, ("gold", g)),), supporting=(f"{g} 0 0",))
             for g in range(groups)
         ]
         self.rollouts = [self.write(g, b) for g in range(groups) for b in range(rollouts)]

@@ -32,9 +32,11 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         # 256 questions of five rollouts, up to 2,048 tokens with what was retrieved.
         "training": {"rollouts": 1280, "group": 5, "tokens": 2048, "searches": 3},
     },
-    # Searches a rollout, tokens of passages, questions, rollouts of each; layers, width and vocabulary of the policy.
+    # Tokens of a prompt, searches a rollout, tokens of passages, questions, rollouts of each; layers, width and vocabulary
+    # of the policy.
     "methods": {
         "small": {
+            "prompt": 40,
             "searches": 2,
             "passage": 30,
             "groups": 2,
@@ -44,6 +46,7 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
             "vocabulary": 2048,
         },
         "smollm2-3-searches-150-tokens": {
+            "prompt": 200,
             "searches": 3,
             "passage": 150,
             "groups": 1,

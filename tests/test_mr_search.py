@@ -19,6 +19,7 @@ from stepcredit.train.overrides import apply_overrides
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import get_recipe
 from stepcredit.train.setup import build
+from tiny_run import tiny_parts
 from turn_rollouts import ANSWER, Turn, by_turn, pieces, rollout, shuffled
 
 #: An answer that the environment replies to: another episode follows.
@@ -227,14 +228,15 @@ def test_bad_constants_are_named(options, message):
 
 
 def test_the_recipe_trains(tmp_path):
-    """Two steps of the recipe with the tiny policy; rollouts of three episodes, each with a reward of its own."""
+    """Two steps of the recipe with a tiny policy that searches and answers now and then, as its own does later."""
     words = ["steps=2", "questions_per_step=2", "group_size=4", "model.name=tiny", "model.dtype=float32"]
-    words += ["model.device=cpu", "sampling.max_turn_tokens=16", "sampling.max_answer_tokens=8"]
-    words += ["optimizer.learning_rate=1e-3", "warm_start.steps=20", "warm_start.learning_rate=1e-2"]
-    words += ["warm_start.batch=6", "evaluation.questions=2", "evaluation.samples=1", "rewards.gold_hit=0.5"]
+    words += ["model.device=cpu", "sampling.max_turn_tokens=24", "sampling.max_answer_tokens=12"]
+    words += ["optimizer.learning_rate=1e-3", "warm_start.steps=2", "warm_start.batch=6", "rewards.gold_hit=0.5"]
+    words += ["evaluation.questions=2", "evaluation.samples=0"]
     config = apply_overrides(get_recipe("mr_search"), words)
-    assert config.environment.episodes == 3
-    parts = build(config, Reporter())
+    built, searching = build(config, Reporter()), tiny_parts(searching=True)
+    assert built.environment.episodes == 3
+    parts = dataclasses.replace(searching, environment=built.environment)
     before = {k: v.clone() for k, v in parts.model.state_dict().items()}
     train(config, parts, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -245,5 +247,5 @@ def test_the_recipe_trains(tmp_path):
     assert all(3 <= line["searches"] <= 6 for line in started)
     steps = [line for line in lines if line["phase"] == "grpo"]
     assert len(steps) == 2
-    assert all(line["mr_search/episodes"] > 1 for line in steps)
+    assert all(line["mr_search/episodes"] > 1 and "mr_search/reward_2" in line for line in steps)
     assert any(not torch.equal(before[k], v) for k, v in parts.model.state_dict().items())
