@@ -32,8 +32,8 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         # 256 questions of five rollouts, up to 2,048 tokens with what was retrieved.
         "training": {"rollouts": 1280, "group": 5, "tokens": 2048, "searches": 3},
     },
-    # Tokens of a prompt, searches a rollout, tokens of passages, questions, rollouts of each; layers, width and vocabulary
-    # of the policy.
+    # Tokens of a prompt, searches a rollout, tokens of passages, questions, rollouts of each; layers, width and
+    # vocabulary of the policy.
     "methods": {
         "small": {
             "prompt": 40,
