@@ -10,8 +10,10 @@ passages as long. Retrieval takes no time here; a real one makes every share of 
   brought them from a pass of its own.
 
 Every round runs the rollout, then each method's credit and update, in another order each round; what counts are medians
-over rounds. Updates that run the same tokens towards the same teacher are the same work, so that a round runs them once
-and the methods share the time. Overheads are over `search_r1`: of the whole step, and of credit and update alone.
+over rounds, of which a row holds the number. Updates that run the same tokens towards the same teacher are the same
+work, so that a round runs them once and the methods share the time. Overheads are over `search_r1`: of the whole step,
+and of credit and update alone. The memory that `sd_search` adds has a row of its own, beside the size of the logits of
+its query tokens.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ METHODS: dict[str, CreditMethod] = {
 #: What the papers say a method adds to a training step's time.
 PAPERS = {"ig_search": 0.064, "sd_search": 0.155}
 UPDATES = {"one_update": LossConfig(), "two_updates": LossConfig(minibatches=2)}
-ROUNDS = 3
+#: Rounds: so many, but none that would start after so many seconds.
+ROUNDS, SECONDS = 3, 360.0
+DTYPES = [torch.float32 if DEVICE == "cpu" else torch.bfloat16]
 #: Largest difference of a packed score to a separate forward, nats per token, at which a method still counts as right.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
@@ -78,8 +82,6 @@ class Measured:
     credit: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     update: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     tokens: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    peaks: dict[str, int] = field(default_factory=dict)
-    distilled: int = 0
 
     def seconds(self, name: str, *, rollout: bool) -> float:
         """Median seconds of a method's credit and update, and of the rollout."""
@@ -160,9 +162,12 @@ def measured(shape: str, dtype: torch.dtype, updates: str) -> Measured:
     """All methods on one batch, round by round."""
     check(step_of("small", dtype), updates, dtype)
     step, found = step_of(shape, dtype), Measured()
+    started = time.perf_counter()
     if shape != "small":  # moments of the optimizer, and threads
         step.update(step.credit(METHODS["search_r1"], updates), updates)
     for number in range(1 if shape == "small" else ROUNDS):
+        if found.rollout and time.perf_counter() - started > SECONDS:
+            break
         before = step.engine.tokens_forwarded
         found.rollout.append(timed(step.rollout)[1])
         found.tokens["rollout"] = {"all": step.engine.tokens_forwarded - before}
@@ -178,16 +183,12 @@ def measured(shape: str, dtype: torch.dtype, updates: str) -> Measured:
             found.update[name].append(taken)
             tokens = {"credit": credit.metrics.get("tokens_forwarded", 0.0), "update": metrics["tokens_forwarded"]}
             found.tokens[name] = {part: int(count) for part, count in tokens.items()}
-    if updates == "one_update":
-        for name in ("search_r1", "sd_search"):
-            found.peaks[name] = peak_bytes(lambda name=name: step.update(step.credit(METHODS[name], updates), updates))
-        found.distilled = int(step.credit(METHODS["sd_search"], updates).metrics["sd/tokens_distilled"])
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("updates", UPDATES)
-@pytest.mark.parametrize("dtype", [torch.float32 if DEVICE == "cpu" else torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES["methods"])
 def test_methods(benchmark: Any, shape: str, dtype: torch.dtype, updates: str, method: str) -> None:
     found = measured(shape, dtype, updates)
@@ -195,6 +196,7 @@ def test_methods(benchmark: Any, shape: str, dtype: torch.dtype, updates: str, m
     info = benchmark.extra_info
     info |= {
         "seconds": found.seconds(method, rollout=False),
+        "rounds": len(found.rollout),
         "rollout_seconds": median(found.rollout),
         "credit_seconds": median(found.credit[method]),
         "update_seconds": median(found.update[method]),
@@ -205,8 +207,25 @@ def test_methods(benchmark: Any, shape: str, dtype: torch.dtype, updates: str, m
     }
     if method in PAPERS:
         info["paper_step_overhead"] = PAPERS[method]
-    if method in found.peaks:
-        info["peak_bytes"] = found.peaks[method]
-    if found.peaks and method == "sd_search":
-        info["peak_above_search_r1_bytes"] = found.peaks[method] - found.peaks["search_r1"]
-        info["logits_bytes"] = found.distilled * SHAPES["methods"][shape]["vocabulary"] * 4
+
+
+@pytest.mark.parametrize("memory", ["memory of sd_search"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES["methods"])
+def test_memory(benchmark: Any, shape: str, dtype: torch.dtype, memory: str) -> None:
+    step, credits = step_of(shape, dtype), {}
+    step.update(step.credit(METHODS["search_r1"], "one_update"), "one_update")  # moments of the optimizer
+
+    def run(name: str) -> None:
+        credits[name] = step.credit(METHODS[name], "one_update")
+        step.update(credits[name], "one_update")
+
+    peaks = {name: peak_bytes(lambda name=name: run(name)) for name in ("search_r1", "sd_search")}
+    benchmark.pedantic(lambda: None, rounds=1)
+    distilled = int(credits["sd_search"].metrics["sd/tokens_distilled"])
+    benchmark.extra_info |= {
+        "peak_bytes": peaks["sd_search"],
+        "search_r1_peak_bytes": peaks["search_r1"],
+        "peak_above_search_r1_bytes": peaks["sd_search"] - peaks["search_r1"],
+        "logits_bytes": distilled * SHAPES["methods"][shape]["vocabulary"] * 4,
+    }

@@ -72,6 +72,9 @@ def line(row: Row, old: Row | None) -> str:
     if "step_overhead" in row:
         parts.append(_overheads(row))
     parts += [_served(row, prefix) for prefix in ("", "plain_") if f"{prefix}queries_per_second" in row]
+    if "logits_bytes" in row:
+        above, logits = row["peak_above_search_r1_bytes"], row["logits_bytes"]
+        parts.append(f"{above / 1e6:+.3g} MB over search_r1, logits of its queries {logits / 1e6:.3g} MB")
     if "peak_bytes" in row:
         parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
     if old is not None:
