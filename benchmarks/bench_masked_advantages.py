@@ -1,5 +1,6 @@
 """`masked_advantages` against eager lines and the padded computation of trainers: on IG-Search's default options, and
-of three rewards as MultiSearch has them: `pytest benchmarks/bench_masked_advantages.py`."""
+of three rewards as MultiSearch has them, there also against launches of one reward each:
+`pytest benchmarks/bench_masked_advantages.py`."""
 
 from __future__ import annotations
 
@@ -102,6 +103,27 @@ def padded_several(
     return total[:, None] * response_mask + query_bonus(response_mask, step_ids, step_gains)
 
 
+def launches(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    policy_mask: torch.Tensor,
+    step_ids: torch.Tensor,
+    step_gains: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Several rewards by the op on one, at its cheapest: a launch for each over rollouts that are one token long, the
+    weighted sum normalised over the batch in eager lines, and a launch that spreads it over the tokens."""
+    everywhere = torch.ones_like(groups, dtype=torch.bool)
+    ends = torch.arange(groups.numel() + 1, device=groups.device)
+    each = {name: SEVERAL[name] for name in ("eps", "ddof", "scale", "singleton")}
+    columns = [masked_advantages(r, groups, ends, everywhere, **each) for r in rewards.T.contiguous()]
+    total = (torch.stack(columns, 1) * weights).sum(1)
+    total = (total - total.mean()) / (total.std() + SEVERAL["eps"])
+    alone = OPTIONS | {"singleton": "reward"}
+    return masked_advantages(total, ends[:-1], cu_seqlens, policy_mask, step_ids, step_gains, **alone)
+
+
 def make(rollouts: int, group: int, tokens: int, searches: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Rollouts of `tokens / 2` to `tokens` tokens; each is cut into a turn per search and a last one, a turn begins
     with what the policy wrote, ends with passages, and its first tokens are the query."""
@@ -195,12 +217,14 @@ def test_several_rewards(benchmark: Any, shape: str, dtype: torch.dtype, rewards
     numerics.check(advantages, eager_several, *batch, weights)
     rectangular = (several, response_mask, padded_ids, step_gains, weights, group)
     numerics.check(padded_several(*rectangular)[rows], eager_several, *batch, weights)
+    numerics.check(launches(*batch, weights), eager_several, *batch, weights)
 
     compiled = torch.compile(eager_several)
     baselines = {
         "eager": lambda: eager_several(*batch, weights),
         "compiled": lambda: compiled(*batch, weights),
         "padded": lambda: padded_several(*rectangular),
+        "launches": lambda: launches(*batch, weights),
     }
     info = benchmark.extra_info
     info["flops"] = 8 * several.numel() + 4 * one.numel() + 2 * policy_mask.numel()

@@ -69,12 +69,24 @@ def line(row: Row, old: Row | None) -> str:
     parts = [f"{case_of(row):<44}{_duration(row['seconds']):>9}", *ratios]
     if "difference" in row:
         parts.append(f"{row['tokens']} tokens, differing by {row['difference']:.1g}")
+    if "step_overhead" in row:
+        parts.append(_overheads(row))
     parts += [_served(row, prefix) for prefix in ("", "plain_") if f"{prefix}queries_per_second" in row]
+    if "logits_bytes" in row:
+        above, logits = row["peak_above_search_r1_bytes"], row["logits_bytes"]
+        parts.append(f"{above / 1e6:+.3g} MB over search_r1, logits of its queries {logits / 1e6:.3g} MB")
     if "peak_bytes" in row:
         parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
     if old is not None:
         parts.append(f"before {_duration(old['seconds'])} at {old['commit']}, {old['seconds'] / row['seconds']:.2f}x")
     return "  ".join(parts)
+
+
+def _overheads(row: Row) -> str:
+    """What a credit method adds to a training step."""
+    step, rest = f"{row['step_overhead']:+.1%}", f"{row['credit_and_update_overhead']:+.1%}"
+    paper = f" (paper {row['paper_step_overhead']:+.1%})" if "paper_step_overhead" in row else ""
+    return f"{row['credit_tokens']} + {row['update_tokens']} tokens, {step} of the step{paper}, {rest} without rollout"
 
 
 def _served(row: Row, prefix: str) -> str:

@@ -32,6 +32,30 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         # 256 questions of five rollouts, up to 2,048 tokens with what was retrieved.
         "training": {"rollouts": 1280, "group": 5, "tokens": 2048, "searches": 3},
     },
+    # Tokens of a prompt, searches a rollout, tokens of passages, questions, rollouts of each; layers, width and
+    # vocabulary of the policy.
+    "methods": {
+        "small": {
+            "prompt": 40,
+            "searches": 2,
+            "passage": 30,
+            "groups": 2,
+            "rollouts": 3,
+            "layers": 2,
+            "width": 72,
+            "vocabulary": 2048,
+        },
+        "smollm2-3-searches-150-tokens": {
+            "prompt": 200,
+            "searches": 3,
+            "passage": 150,
+            "groups": 1,
+            "rollouts": 5,
+            "layers": 30,
+            "width": 576,
+            "vocabulary": 49152,
+        },
+    },
     # Clients that each run so many groups of rollouts, one after another; a group searches together, three times.
     "server": {
         "small": {"clients": 8, "groups": 2, "passages": 4096, "width": 64, "k": 3},

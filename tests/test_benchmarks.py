@@ -29,7 +29,7 @@ from stepcredit.scorer import PolicyScorer
 from stepcredit.train.policy import tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ["dense_index", "gather_logprobs", "information_gain", "masked_advantages", "server", "topk_search"]
+OPS = ["dense_index", "gather_logprobs", "information_gain", "masked_advantages", "methods", "server", "topk_search"]
 
 
 #: The quick report as from the command line, in the fewest rounds; then again with a kernel that is off by one.
@@ -76,7 +76,7 @@ def test_quick_report():
         assert f"\n{op} on " in right
     rows = [line for line in right.splitlines() if line.startswith("  small ")]
     assert len(rows) >= 9
-    assert all(re.search(r"\b[\d.]+x", row) for row in rows)
+    assert all(re.search(r"\b[\d.]+x|[+-][\d.]+% of the step", row) for row in rows)
     assert "failed, so without a row: masked_advantages" in wrong
     assert "  small " not in wrong
     assert stored() == before
@@ -335,6 +335,14 @@ def test_wrong_scores_have_no_speed(wrong, monkeypatch):
         found = bench_counterfactual.ways("small", torch.float32)
         assert found["ours"].tokens > found["old_logprobs"].tokens
         assert found["separate"].tokens >= found["trimmed"].tokens > found["cached"].tokens
+
+
+def test_what_a_method_adds_to_a_step_is_in_its_line():
+    row = {"shape": "small", "method": "sd_search", "seconds": 2.0, "credit_tokens": 30, "update_tokens": 40}
+    row |= {"step_overhead": 0.1234, "credit_and_update_overhead": -0.001}
+    said = "2 s  30 + 40 tokens, +12.3% of the step{}, -0.1% without rollout"
+    assert report.line(row, None).endswith(said.format(""))
+    assert report.line({**row, "paper_step_overhead": 0.155}, None).endswith(said.format(" (paper +15.5%)"))
 
 
 def test_a_server_that_is_wrong_or_loses_has_no_speed():

@@ -283,6 +283,13 @@ def test_a_forced_answer_is_answer_text(tokenizer):
     assert tail == [(SpanKind.NOTICE, "<answer>"), (SpanKind.ANSWER, "w8"), (SpanKind.TAG, "</answer>")]
 
 
+def test_faults_are_counted_anew_in_an_episode(tokenizer):
+    bonus = only(("w0", "w5"), ("<unk>", "w5"), ("w5", "<eos>"), ("<answer>", "w8"), ("w8", "</answer>"))
+    rollout = run(tokenizer, bonus, env=environment(episodes=3))
+    assert (rollout.finish, [e.answer for e in rollout.episodes]) == ("answered", ["w8"] * 3)
+    assert rollout.counts == {"invalid_turns": 2 * 3, "forced_answers": 3}
+
+
 def test_tags_spelt_letter_by_letter_close():
     letters = byte_bpe()
     chain = letters.convert_tokens_to_ids(list("x</answer>"))

@@ -19,7 +19,7 @@ from stepcredit.train.setup import reference_policy
 from tiny_run import played, same, tiny_config, tiny_parts
 
 DOCS = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
-PEERS = ("igpo", "gigpo", "tips", "step_search")
+PEERS = ("igpo", "gigpo", "tips", "step_search", "mr_search")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -52,9 +52,11 @@ def test_the_environments_tokens_have_no_advantage(name):
 def test_the_coefficient_at_zero_is_search_r1_to_the_bit(name):
     parts = tiny_parts()
     batch = played(parts, 8, group_size=4)
-    zero = {"igpo": {"weight": 0.0, "ddof": 1, "singleton": "reward"}, "gigpo": {"omega": 0.0}}.get(
-        name, {"alpha": 0.0}
-    )
+    zero = {
+        "igpo": {"weight": 0.0, "ddof": 1, "singleton": "reward"},
+        "gigpo": {"omega": 0.0},
+        "mr_search": {"baseline": "group", "scale": "std", "singleton": "reward"},  # one episode: nothing to weigh
+    }.get(name, {"alpha": 0.0})
     method = dataclasses.replace(METHODS[name](), **zero)
     assert torch.equal(method(batch, parts.scorer).advantages, SearchR1()(batch, parts.scorer).advantages)
 

@@ -19,6 +19,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
     Keys:
         rollouts: how many rollouts were averaged.
         em, f1: answer quality; a rollout without an answer scores 0.
+        em_episode_<n>: where rollouts have several episodes, EM of the answers they had after n of them.
         em_<kind>: EM of the questions of one kind ("em_one_hop"); f1 and hit likewise. Questions without a kind
             are in the overall means only.
         finished: share that closed their answer (`finish == "answered"`).
@@ -47,6 +48,8 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         result["any_hit"] = fmean(any_hits)
     for kind in sorted({r.question.kind for r in rollouts} - {""}):
         result |= _quality([r for r in rollouts if r.question.kind == kind], f"_{kind}")
+    for n in range(1, max(len(r.episodes) for r in rollouts) + 1):
+        result[f"em_episode_{n}"] = fmean(exact_match(_answer_after(r, n), r.question.answers) for r in rollouts)
     for reason, number in sorted(Counter(r.finish for r in rollouts).items()):
         result[f"finish_{reason}"] = float(number)
     for rollout in rollouts:
@@ -86,6 +89,12 @@ def clarification(rollouts: Sequence[Rollout]) -> dict[str, float]:
     if bits:
         result |= {"clarify/bits": fmean(bits), "clarify/idle": fmean(b == 0 for b in bits)}
     return result
+
+
+def _answer_after(rollout: Rollout, episodes: int) -> str | None:
+    """The answer that a rollout had after so many of its episodes: the last one given."""
+    given = [episode.answer for episode in rollout.episodes[:episodes] if episode.answer is not None]
+    return given[-1] if given else rollout.answer if not rollout.episodes else None
 
 
 def _quality(rollouts: Sequence[Rollout], suffix: str) -> dict[str, float]:

@@ -145,6 +145,14 @@ class Protocol:
     def _noun(self) -> str:
         return "question" if self.inquiry == "ask" else "search"
 
+    @property
+    def reflection_notice(self) -> str:
+        """Reply to an answer after which another episode follows (the wording is ours)."""
+        return (
+            "\nLook back at this answer: what supports it, and what is still unknown or in doubt? Search further for "
+            "that, then answer again, and better.\n"
+        )
+
     def prompt(self, question: Question, tokenizer: PreTrainedTokenizerBase, style: PromptStyle = "plain") -> list[int]:
         """Token ids of the prompt.
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -120,6 +121,24 @@ class Inquiry(Search):
 
 
 @dataclass(slots=True)
+class Episode:
+    """One of the episodes of a rollout that goes on after an answer (MR-Search, arXiv 2603.11327). It begins where the
+    one before ended, with what the environment wrote then.
+
+    Attributes:
+        stop: the token after its last one.
+        searches: number of searches that the rollout had executed when it ended.
+        answer: text of its answer, None when it ended without one.
+        rewards: reward parts by name, of the rollout as it was at `stop`; filled after the rollout.
+    """
+
+    stop: int
+    searches: int
+    answer: str | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Rollout:
     """One sampled trajectory.
 
@@ -131,10 +150,11 @@ class Rollout:
         logprobs: log-prob under which each token was sampled (nats); NaN where the environment wrote.
         group: index of the group of rollouts that share this question.
         finish: why it ended: "answered", "unclosed", "context" (documented with the engine).
-        answer: text of the answer span, None when there is none.
+        answer: text of the answer span, of the last one where an answer was followed by more; None when there is none.
         searches: the executed searches, in order of `step`; those of a user are each an `Inquiry`.
         rewards: reward parts by name; filled after the rollout, but for those that its environment measures.
         counts: what went wrong and how often, e.g. {"invalid_turns": 1, "forged_tags": 2}.
+        episodes: its episodes in order, the last one up to its end; [] for a rollout that is a single one.
     """
 
     question: Question
@@ -148,12 +168,13 @@ class Rollout:
     searches: list[Search] = field(default_factory=list)
     rewards: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    episodes: list[Episode] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Raise ValueError unless spans tile the tokens and every policy token has a finite log-prob."""
+        """Raise ValueError unless spans and episodes tile the tokens and every policy token has a finite log-prob."""
         where = f"rollout of question {self.question.id!r}"
         if len(self.logprobs) != len(self.tokens):
             raise ValueError(f"{where}: logprobs has {len(self.logprobs)} entries for {len(self.tokens)} tokens")
@@ -172,6 +193,11 @@ class Rollout:
             raise ValueError(f"{where}: spans end at {at}, tokens at {len(self.tokens)}")
         if not self.spans or self.spans[0].kind is not SpanKind.PROMPT or self.spans[0].stop != self.prompt_length:
             raise ValueError(f"{where}: the first span must be PROMPT of length prompt_length={self.prompt_length}")
+        stops = [self.prompt_length, *(episode.stop for episode in self.episodes)]
+        if self.episodes and (stops[-1] != len(self.tokens) or any(a >= b for a, b in pairwise(stops))):
+            raise ValueError(
+                f"{where}: episodes must end one after another, the last one at {len(self.tokens)}, got {stops[1:]}"
+            )
 
     def steps(self) -> list[int]:
         """Search steps that have query tokens, ascending."""
@@ -189,9 +215,33 @@ class Rollout:
     @property
     def reward(self) -> float:
         """The total reward, `rewards["total"]`; ValueError before rewards were assigned."""
-        if "total" not in self.rewards:
-            raise ValueError(f"rollout of question {self.question.id!r} has no reward 'total'; parts: {self.rewards}")
-        return self.rewards["total"]
+        return self._total(self.rewards)
+
+    @property
+    def episode_rewards(self) -> list[float]:
+        """The total reward of each episode; of a rollout that is a single one its own. ValueError before rewards were
+        assigned."""
+        return [self._total(episode.rewards) for episode in self.episodes] or [self.reward]
+
+    def _total(self, rewards: dict[str, float]) -> float:
+        if "total" not in rewards:
+            raise ValueError(f"rollout of question {self.question.id!r} has no reward 'total'; parts: {rewards}")
+        return rewards["total"]
+
+    def until(self, episode: Episode) -> Rollout:
+        """The rollout as it was when one of its episodes ended: with that answer, and without rewards and counts."""
+        return replace(
+            self,
+            tokens=self.tokens[: episode.stop],
+            spans=[span for span in self.spans if span.stop <= episode.stop],
+            logprobs=self.logprobs[: episode.stop],
+            finish=self.finish if episode.answer is None else "answered",
+            answer=episode.answer,
+            searches=self.searches[: episode.searches],
+            rewards={},
+            counts={},
+            episodes=[],
+        )
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from stepcredit.credit.distillation import Distillation
 from stepcredit.credit.gigpo import GiGPO
 from stepcredit.credit.ig_search import IGSearch
 from stepcredit.credit.igpo import IGPO
+from stepcredit.credit.mr_search import MRSearch
 from stepcredit.credit.multi_search import MultiSearch
 from stepcredit.credit.sd_search import SDSearch
 from stepcredit.credit.search_r1 import SearchR1
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "tips": TIPS,
     "step_search": StepSearch,
     "clarify": Clarify,
+    "mr_search": MRSearch,
 }
 
 
@@ -50,6 +52,7 @@ __all__ = [
     "Distillation",
     "GiGPO",
     "IGSearch",
+    "MRSearch",
     "MultiSearch",
     "SDSearch",
     "SearchR1",

@@ -104,4 +104,5 @@ def with_block(rollout: Rollout, block: Sequence[int]) -> Rollout:
         prompt_length=at + size,
         spans=[Span(SpanKind.PROMPT, 0, at + size), *moved],
         logprobs=[*rollout.logprobs[:at], *[float("nan")] * size, *rollout.logprobs[at:]],
+        episodes=[replace(episode, stop=episode.stop + size) for episode in rollout.episodes],
     )

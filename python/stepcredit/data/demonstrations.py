@@ -66,6 +66,7 @@ class Demonstration:
             one a line.
         answer: what it answers: the first gold answer, whether or not the searches found it.
         merges: what it merges after each search; () when it merges nothing.
+        later: its scripts for the episodes after the first, where the environment asks for several.
     """
 
     question: Question
@@ -73,6 +74,7 @@ class Demonstration:
     queries: tuple[str, ...]
     answer: str
     merges: tuple[str, ...] = ()
+    later: tuple[Demonstration, ...] = ()
 
 
 def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stepcredit._validate import at_least
 from stepcredit.protocol import Protocol, Turn
 from stepcredit.retrieval import RetrievalError
-from stepcredit.rollout import Search, SpanKind
+from stepcredit.rollout import Episode, Search, SpanKind
 
 if TYPE_CHECKING:
     from stepcredit.environments.base import Limits
@@ -28,6 +28,8 @@ class Response:
         kind: DOCUMENTS (passages, wrapper tags included), REPLY (a user's, likewise) or NOTICE.
         search: the executed search, None when none was.
         forced_answer: an answer opener follows the message, and the next turn is answer text.
+        answer: of an answer that ended an episode and not the rollout: its text; another episode begins with the
+            message.
         done: the rollout ends here; nothing is appended.
         fault: the turn was a fault (see `SearchEnvironment`).
         counts: what happened, by name: "invalid_turns", "empty_queries", "failed_retrievals", "empty_results",
@@ -41,6 +43,7 @@ class Response:
     kind: SpanKind = SpanKind.NOTICE
     search: Search | None = None
     forced_answer: bool = False
+    answer: str | None = None
     done: bool = False
     fault: bool = False
     counts: dict[str, int] = field(default_factory=dict)
@@ -58,17 +61,20 @@ class SearchEnvironment:
     * A failed retrieval, which is one that raises RetrievalError, is answered with a notice, uses up one search, and
       the rollout goes on. Whatever else a retriever raises is a mistake in a program and ends the run.
     * An answer ends the rollout, and so does anything but an answer after a forced opener.
+    * A rollout of several `episodes` ends with the last one's answer. The answers before are replied to with a notice
+      that asks to reflect on them and to search further; searches and faults are counted anew then.
 
     Args:
         retriever: `search(queries, k) -> Hits`; called at most once per `respond`, never with an empty query.
         protocol: the tag grammar.
         top_k: passages per query; several queries that find the same ones show fewer.
-        max_searches: executed searches per rollout.
+        max_searches: executed searches per episode.
         passage_words: cut titles and texts of passages to this many words each; None leaves them whole.
         force_answer: open the answer when searches or faults are used up; where False the rollout then ends.
         max_invalid: faults that are answered with a notice only.
         skip_shown: leave out the passages that the rollout was shown by an earlier search, and show the next best, so
             that a search repeated is not a search wasted.
+        episodes: answers per rollout (MR-Search, arXiv 2603.11327: 3).
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class SearchEnvironment:
         force_answer: bool = True,
         max_invalid: int = 1,
         skip_shown: bool = False,
+        episodes: int = 1,
     ) -> None:
         self.retriever = retriever
         self.protocol = protocol
@@ -91,7 +98,8 @@ class SearchEnvironment:
         self.force_answer = force_answer
         self.max_invalid = max_invalid
         self.skip_shown = skip_shown
-        at_least(self, "", top_k=1, max_searches=0, passage_words=1, max_invalid=0)
+        self.episodes = episodes
+        at_least(self, "", top_k=1, max_searches=0, passage_words=1, max_invalid=0, episodes=1)
 
     def respond(
         self,
@@ -99,6 +107,7 @@ class SearchEnvironment:
         searches: Sequence[Sequence[Search]],
         faults: Sequence[int],
         forced: Sequence[bool],
+        episodes: Sequence[Sequence[Episode]] | None = None,
         questions: Sequence[Question] = (),
     ) -> list[Response]:
         """Reply to one turn of each active rollout.
@@ -106,32 +115,38 @@ class SearchEnvironment:
         Args:
             turns: N parsed turns.
             searches: N lists of the searches executed so far.
-            faults: N numbers of faults so far.
+            faults: N numbers of faults so far, in the episode under way.
             forced: N flags, whether this turn followed a forced answer opener.
+            episodes: N lists of the episodes that are over; None: there are none, in an environment of one episode.
             questions: not looked at: what is found depends on the query alone.
 
         Returns:
             N responses, in order.
         """
-        if not len(turns) == len(searches) == len(faults) == len(forced):
+        if episodes is None:
+            if self.episodes > 1:
+                raise ValueError(f"episodes must be given to an environment of {self.episodes} episodes, got None")
+            episodes = [()] * len(turns)
+        if not len(turns) == len(searches) == len(faults) == len(forced) == len(episodes):
             raise ValueError(
-                f"turns, searches, faults and forced must have one length, got "
-                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}"
+                f"turns, searches, faults, forced and episodes must have one length, got "
+                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}, {len(episodes)}"
             )
-        asked = [
-            i
-            for i, turn in enumerate(turns)
-            if turn.action == "search" and turn.content and len(searches[i]) < self.max_searches
+        # Searches that are left in the episode under way.
+        left = [
+            self.max_searches - (len(done) - (over[-1].searches if over else 0))
+            for done, over in zip(searches, episodes, strict=True)
         ]
+        asked = [i for i, turn in enumerate(turns) if turn.action == "search" and turn.content and left[i] > 0]
         shown = [{p for search in searches[i] for p in search.passage_ids} if self.skip_shown else set() for i in asked]
         hits, failure = self._retrieve([turns[i].queries or (turns[i].content,) for i in asked], shown)
         found = dict(zip(asked, hits, strict=True))
         responses = []
         for i, turn in enumerate(turns):
             if i in found:
-                responses.append(self._searched(turn, len(searches[i]), *found[i], failure))
+                responses.append(self._searched(turn, len(searches[i]), left[i] == 1, *found[i], failure))
             elif turn.action == "answer":
-                responses.append(Response(done=True, counts={} if turn.content else {"empty_answers": 1}))
+                responses.append(self._answered(turn, len(episodes[i])))
             elif turn.action == "invalid":
                 responses.append(fault(self, "invalid_turns", self.protocol.invalid_notice, faults[i], forced[i]))
             elif not turn.content:
@@ -168,8 +183,14 @@ class SearchEnvironment:
             found.append((passages, {"skipped_passages": skipped, "duplicate_passages": duplicates}))
         return found, False
 
+    def _answered(self, turn: Turn, over: int) -> Response:
+        counts = {} if turn.content else {"empty_answers": 1}
+        if over + 1 >= self.episodes:
+            return Response(done=True, counts=counts)
+        return Response(self.protocol.reflection_notice, answer=turn.content, counts=counts)
+
     def _searched(
-        self, turn: Turn, step: int, passages: list[Passage], left_out: dict[str, int], failed: bool
+        self, turn: Turn, step: int, last: bool, passages: list[Passage], left_out: dict[str, int], failed: bool
     ) -> Response:
         counts = {"repeated_queries": turn.repeated_queries, "dropped_queries": turn.dropped_queries, **left_out}
         if failed:
@@ -180,7 +201,7 @@ class SearchEnvironment:
             text, kind = self.protocol.documents([p for p, _ in shown]), SpanKind.DOCUMENTS
             counts["empty_results"] = not passages
             counts["cut_passages"] = sum(was_cut for _, was_cut in shown)
-        forced = self.force_answer and step + 1 >= self.max_searches
+        forced = self.force_answer and last
         counts["forced_answers"] = forced
         search = Search(step, turn.query, tuple(p.id for p in passages), failed, turn.queries)
         happened = {name: int(count) for name, count in counts.items() if count}

@@ -82,12 +82,15 @@ class EnvironmentConfig:
         protocol: the tag grammar, "search_r1", "refine" or "multi_search", and "clarify" with data.questions=scenes.
         prompt: "plain" (just the question, for warm-started policies) or "chat" (instruction and chat template).
         top_k: passages per search.
-        max_searches: executed searches per rollout; with scenes questions that the user answers.
+        max_searches: executed searches per episode, of which a rollout has one as a rule; with scenes questions that
+            the user answers.
         passage_words: passages are cut to this many words; none leaves them whole.
         force_answer: open the answer for the policy when its searches are used up; otherwise the rollout ends there.
         max_invalid: invalid turns answered with a notice before the answer is forced.
         skip_shown: a search shows the best passages that its rollout was not shown before.
         max_queries: queries executed per search, of a grammar with several; none is the grammar's own limit.
+        episodes: answers per rollout (MR-Search: 3); after each but the last the policy is asked to reflect on it and
+            to search further.
     """
 
     protocol: str = "search_r1"
@@ -99,10 +102,12 @@ class EnvironmentConfig:
     max_invalid: int = 1
     skip_shown: bool = False
     max_queries: int | None = None
+    episodes: int = 1
 
     def __post_init__(self) -> None:
         choices(self, "environment.")
         at_least(self, "environment.", top_k=1, max_searches=0, max_invalid=0, passage_words=1, max_queries=1)
+        at_least(self, "environment.", episodes=1)
         several = get_protocol(self.protocol).several_queries
         require(
             several or self.max_queries in (None, 1),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from stepcredit.credit.base import taught_by_reference
-from stepcredit.data.demonstrations import demonstrations, in_parallel
+from stepcredit.data.demonstrations import Demonstration, demonstrations, in_parallel
 from stepcredit.evaluate import summarize
 from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, RolloutBatch
@@ -157,14 +157,7 @@ def warm_start(config: TrainConfig, parts: Parts, state: State, log: MetricsLog)
     if count and not questions:
         raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
     chosen = questions_of_step(questions, count, derive_seed(config.seed, "warm start"), 0)
-    scripts = demonstrations(chosen, settings.mix, derive_seed(config.seed, "demonstrations"))
-    if parts.environment.protocol.several_queries:
-        scripts = in_parallel(
-            scripts,
-            several=settings.several,
-            merged=settings.merged,
-            seed=derive_seed(config.seed, "parallel queries"),
-        )
+    scripts = warm_start_scripts(config, parts, chosen)
     with parts.reporter.task("warm start", settings.steps) as advance:
         for step in range(settings.steps):
             start = time.perf_counter()
@@ -195,6 +188,20 @@ def warm_start(config: TrainConfig, parts: Parts, state: State, log: MetricsLog)
             )
             advance(1, f"loss {metrics['loss']:.2f}")
     parts.optimizer.restart()
+
+
+def warm_start_scripts(config: TrainConfig, parts: Parts, questions: Sequence[Question]) -> list[Demonstration]:
+    """A demonstration of each question; the scripts of its episodes are drawn independently of each other."""
+    settings = config.warm_start
+    episodes = []
+    for number in range(config.environment.episodes):
+        purpose = (number,) if number else ()
+        scripts = demonstrations(questions, settings.mix, derive_seed(config.seed, "demonstrations", *purpose))
+        if parts.environment.protocol.several_queries:
+            seed = derive_seed(config.seed, "parallel queries", *purpose)
+            scripts = in_parallel(scripts, several=settings.several, merged=settings.merged, seed=seed)
+        episodes.append(scripts)
+    return [replace(first, later=tuple(later)) for first, *later in zip(*episodes, strict=True)]
 
 
 def evaluate(

@@ -35,6 +35,7 @@ GLOSSARY: dict[str, str] = {
     "hit": "mean share of a question's supporting passages that were shown",
     "any_hit": "share of rollouts that were shown at least one supporting passage",
     "em_<kind>, f1_<kind>, hit_<kind>": "the same over questions of one kind",
+    "em_episode_<n>": "em of the answers that rollouts of several episodes had after n of them",
     "without_supporting": "rollouts without known supporting passages, left out of hit and any_hit",
     "finished": "share of rollouts that closed their answer",
     "finish_<reason>": "rollouts that ended answered, unclosed (no closed answer) or at the end of the context",
@@ -95,6 +96,12 @@ GLOSSARY: dict[str, str] = {
     "sd/rollouts_without_block, sd/too_long": "rollouts with queries but without a teacher: their hindsight block is "
     "empty, or does not fit into the context with them",
     "sd/tokens_teacher, sd/seconds": "tokens run through the teacher, and seconds of that",
+    "mr_search/episodes": "mean number of episodes of a rollout",
+    "mr_search/reward_<n>": "mean reward of the n-th episode, of the rollouts that have one",
+    "mr_search/improved, mr_search/worsened": "share of rollouts of several episodes whose last reward is above, or "
+    "below, that of their first",
+    "mr_search/ended_early": "rollouts that have fewer episodes than another of the batch",
+    "mr_search/alone": "episodes without another of their number and group to be compared with",
     "multi_search/queries": "mean number of queries of a search",
     "multi_search/several_share": "share of rollouts whose searches hold more than two queries on average",
     "multi_search/merged_share": "share of searches whose passages the policy merged",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stepcredit._names import nearest
-from stepcredit.credit import Clarify, IGSearch, MultiSearch
+from stepcredit.credit import Clarify, IGSearch, MRSearch, MultiSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
     DataConfig,
@@ -106,6 +106,16 @@ def clarify() -> TrainConfig:
     )
 
 
+def mr_search() -> TrainConfig:
+    """SmolLM2-135M on the atlas with three episodes a rollout: it answers, reflects, searches on and answers again."""
+    return replace(
+        quickstart(),
+        recipe="mr_search",
+        environment=EnvironmentConfig(top_k=1, max_searches=2, passage_words=40, episodes=3),
+        credit=MRSearch(),
+    )
+
+
 def tiny() -> TrainConfig:
     """A random small Llama on the atlas: seconds, no claim; for tests and for people who change code."""
     return TrainConfig(
@@ -125,7 +135,7 @@ def tiny() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, clarify, tiny)
+    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, clarify, mr_search, tiny)
 }
 
 

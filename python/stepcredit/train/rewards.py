@@ -43,7 +43,8 @@ class RewardWeights:
 
 
 def assign_rewards(rollouts: Sequence[Rollout], weights: RewardWeights, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill `rollout.rewards` with every part, weighted or not, and with "total".
+    """Fill `rollout.rewards` with every part, weighted or not, and with "total"; and in the same way the rewards of its
+    episodes, each from the rollout as it was when the episode ended (`Rollout.until`).
 
     Parts lie in [0, 1]:
         f1, em: of the answer against the best gold answer; 0 without an answer.
@@ -61,16 +62,25 @@ def assign_rewards(rollouts: Sequence[Rollout], weights: RewardWeights, tokenize
     """
     measured = any("iou" in rollout.rewards for rollout in rollouts)
     for rollout in rollouts:
-        answers = rollout.question.answers
-        quality = f1(rollout.answer, answers)
-        rollout.rewards = {
-            **({"iou": rollout.rewards.get("iou", 0.0)} if measured else {}),
-            "f1": quality,
-            "em": exact_match(rollout.answer, answers),
-            "format": closed_answer(rollout),
-            "gold_hit": gold_hit(rollout) or 0.0,
-            "refine": 0.0 if rollout.answer is None or quality else names_gold(rollout, SpanKind.REFINE, tokenizer),
-            "multi_query": float(quality > 0 and rollout.queries_per_search > MULTI_QUERIES),
-            "merge": names_gold(rollout, SpanKind.MERGE, tokenizer) if quality > 0 else 0.0,
-        }
-        rollout.rewards["total"] = sum(getattr(weights, name) * part for name, part in rollout.rewards.items())
+        rollout.rewards = _rewards(rollout, weights, tokenizer, measured)
+        for episode in rollout.episodes:
+            episode.rewards = _rewards(rollout.until(episode), weights, tokenizer, measured)
+
+
+def _rewards(
+    rollout: Rollout, weights: RewardWeights, tokenizer: PreTrainedTokenizerBase, measured: bool
+) -> dict[str, float]:
+    answers = rollout.question.answers
+    quality = f1(rollout.answer, answers)
+    rewards = {
+        **({"iou": rollout.rewards.get("iou", 0.0)} if measured else {}),
+        "f1": quality,
+        "em": exact_match(rollout.answer, answers),
+        "format": closed_answer(rollout),
+        "gold_hit": gold_hit(rollout) or 0.0,
+        "refine": 0.0 if rollout.answer is None or quality else names_gold(rollout, SpanKind.REFINE, tokenizer),
+        "multi_query": float(quality > 0 and rollout.queries_per_search > MULTI_QUERIES),
+        "merge": names_gold(rollout, SpanKind.MERGE, tokenizer) if quality > 0 else 0.0,
+    }
+    rewards["total"] = sum(getattr(weights, name) * part for name, part in rewards.items())
+    return rewards

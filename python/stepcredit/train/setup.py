@@ -102,6 +102,7 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
             force_answer=config.environment.force_answer,
             max_invalid=config.environment.max_invalid,
             skip_shown=config.environment.skip_shown,
+            episodes=config.environment.episodes,
         )
     engine = HFEngine(
         model,

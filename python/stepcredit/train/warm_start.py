@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +30,9 @@ def play(
     """Play scripted policies to their end, all of them side by side, with one retriever call per turn.
 
     A demonstration searches for its queries in turn and then answers, each time after its merge of the last search, if
-    it merges; when the environment forces the answer earlier, the remaining queries are left out. Scripted tokens have
-    the log-prob 0.
+    it merges; when the environment forces the answer earlier, the remaining queries are left out. An episode after the
+    first plays the next script of `later`, the last one again when there are no more. Scripted tokens have the log-prob
+    0.
 
     Args:
         demonstrations: what each scripted policy searches for and answers.
@@ -62,13 +63,16 @@ def play(
             [s.transcript.searches for s in running],
             [s.faults for s in running],
             [s.forced for s in running],
-            [s.demonstration.question for s in running],
+            episodes=[s.transcript.episodes for s in running],
+            questions=[s.demonstration.question for s in running],
         )
         for script, turn, response in zip(running, turns, responses, strict=True):
             room = max_context - len(script.transcript.tokens)
             fits = script.transcript.add_response(response, room) is not None
             script.forced = response.forced_answer
             script.faults += response.fault
+            if response.answer is not None:
+                script.begin_episode()
             if response.done:
                 answered = turn.action == "answer"
                 script.end = ("answered", turn.content) if answered else ("unclosed", None)
@@ -80,19 +84,28 @@ def play(
 
 @dataclass(slots=True)
 class _Script:
-    """A scripted policy under way; `end` is (finish, answer) once it is over."""
+    """A scripted policy under way; `current` is its episode's script, `end` is (finish, answer) once it is over."""
 
     demonstration: Demonstration
     transcript: Transcript
+    current: Demonstration = field(init=False)
     searched: int = 0
     faults: int = 0
     forced: bool = False
     end: tuple[str, str | None] | None = None
 
+    def __post_init__(self) -> None:
+        self.current = self.demonstration
+
+    def begin_episode(self) -> None:
+        episodes = (self.demonstration, *self.demonstration.later)
+        self.current = episodes[min(len(self.transcript.episodes), len(episodes) - 1)]
+        self.searched = self.faults = 0
+
     def play_turn(self, max_context: int) -> Turn | None:
         """The script's next turn; None when it does not fit the context, which ends the rollout."""
-        queries, answer = self.demonstration.queries, self.demonstration.answer
-        merges = self.demonstration.merges[self.searched - 1 : self.searched] if self.searched else ()
+        queries, answer = self.current.queries, self.current.answer
+        merges = self.current.merges[self.searched - 1 : self.searched] if self.searched else ()
         merged = "".join(f"<merge> {merge} </merge>\n" for merge in merges)
         if self.forced:
             text = f" {answer} </answer>"

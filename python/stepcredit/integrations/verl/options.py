@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from stepcredit._names import nearest
+from stepcredit._validate import require
 from stepcredit.credit import IGSearch
 from stepcredit.environments.search import SearchEnvironment
 from stepcredit.protocol import get_protocol
@@ -44,6 +45,8 @@ class Options:
 
     def __post_init__(self) -> None:
         get_protocol(self.protocol)
+        episodes = dict(self.environment).get("episodes", 1)
+        require(episodes == 1, "stepcredit.environment.episodes", "1, as the agent loop plays one", episodes)
 
     def make_environment(self) -> SearchEnvironment:
         """The environment, with this process's retriever.

@@ -50,7 +50,7 @@ class HFEngine:
 
     `Rollout.finish` is one of
 
-    * "answered": the rollout ended with a closed answer;
+    * "answered": the rollout, or the last episode of one with several, ended with a closed answer;
     * "unclosed": it ended without one (a turn that spends its budget or samples an end-of-sequence token is an
       invalid turn, which the environment may answer);
     * "context": the next token, or the environment's reply, would not fit the model's context; what was generated
@@ -243,10 +243,11 @@ class HFEngine:
             [row.transcript.searches for row, _ in asking],
             [row.faults for row, _ in asking],
             [row.forced for row, _ in asking],
-            [row.transcript.question for row, _ in asking],
+            episodes=[row.transcript.episodes for row, _ in asking],
+            questions=[row.transcript.question for row, _ in asking],
         )
         for (row, turn), response in zip(asking, responses, strict=True):
-            row.faults += response.fault
+            row.faults = row.faults + response.fault if response.answer is None else 0
             row.forced = response.forced_answer
             ids = row.transcript.add_response(response, self.max_context - len(row.transcript.tokens))
             if response.done:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stepcredit.environments.search import Response
 from stepcredit.protocol import Piece, Protocol, Turn
-from stepcredit.rollout import Question, Rollout, Search, Span, SpanKind
+from stepcredit.rollout import Episode, Question, Rollout, Search, Span, SpanKind
 from stepcredit.tokens import boundaries, decode, encode
 
 # Who owns a token that carries visible characters of several kinds; tags own it only when nothing else does.
@@ -77,6 +77,7 @@ class Transcript:
         self.searches: list[Search] = []
         self.counts: Counter[str] = Counter()
         self.rewards: dict[str, float] = {}
+        self.episodes: list[Episode] = []  # those that are over
         self._prompt_length = len(self.tokens)
         self._next_step = 0
 
@@ -124,8 +125,8 @@ class Transcript:
         self._append(list(token_ids), kind, search.step if search and kind in _FOUND else -1)
 
     def add_response(self, response: Response, room: int) -> list[int] | None:
-        """Append an environment's reply: its message, the executed search, a forced answer opener, its counts and
-        measures.
+        """Append an environment's reply: its message, the executed search, the episode that an answer ended, a forced
+        answer opener, its counts and measures.
 
         Args:
             response: the reply.
@@ -133,10 +134,12 @@ class Transcript:
 
         Returns:
             The token ids to feed; None when the reply would leave no room for a token of the policy, in which case
-            only counts and measures are kept.
+            only the episode, the counts and the measures are kept.
         """
         self.counts.update(response.counts)
         self.rewards.update(response.rewards)
+        if response.answer is not None:
+            self.episodes.append(Episode(len(self.tokens), len(self.searches), response.answer))
         message = encode(self.tokenizer, response.text)
         opener = encode(self.tokenizer, self.protocol.answer_opener) if response.forced_answer else []
         if len(message) + len(opener) >= room:
@@ -146,8 +149,14 @@ class Transcript:
         return message + opener
 
     def finish(self, reason: str, answer: str | None, group: int = 0) -> Rollout:
-        """The finished rollout. `reason` becomes its `finish`, `answer` its answer. A query that no search answered
-        (none was left, or its passages did not fit the context) loses its step: there is nothing to credit."""
+        """The finished rollout. `reason` becomes its `finish`, `answer` its answer; where there is None, as the last
+        episode ended without one, the answer of the episode before is. A query that no search answered (none was left,
+        or its passages did not fit the context) loses its step: there is nothing to credit."""
+        episodes = list(self.episodes)
+        if episodes and episodes[-1].stop < len(self.tokens):
+            episodes.append(Episode(len(self.tokens), len(self.searches), answer))
+        if answer is None and self.episodes:
+            answer = self.episodes[-1].answer
         spans = [s if s.kind not in _INQUIRIES or s.step < self._next_step else replace(s, step=-1) for s in self.spans]
         return Rollout(
             question=self.question,
@@ -161,6 +170,7 @@ class Transcript:
             searches=self.searches,
             rewards=dict(self.rewards),
             counts=dict(self.counts),
+            episodes=episodes,
         )
 
     def _append(self, ids: list[int], kind: SpanKind, step: int) -> None:
