@@ -112,7 +112,12 @@ class Script:
         return made
 
     def respond(
-        self, turns: Sequence[Any], searches: Sequence[Sequence[Search]], _: object, forced: Sequence[bool], *__: object
+        self,
+        turns: Sequence[Any],
+        searches: Sequence[Sequence[Search]],
+        _: object,
+        forced: Sequence[bool],
+        **__: object,
     ) -> list[Response]:
         """To an engine: passages, whatever the policy wrote, and after the last search the answer is forced."""
         return [

@@ -53,7 +53,7 @@ def converse(
     for text in turns:
         ids = tokenizer.encode(text, add_special_tokens=False)
         turn = transcript.add_policy(ids, [-1.0] * len(ids), forced)
-        (response,) = env.respond([turn], [transcript.searches], [faults], [forced], [question])
+        (response,) = env.respond([turn], [transcript.searches], [faults], [forced], questions=[question])
         faults, forced = faults + response.fault, response.forced_answer
         transcript.add_response(response, room=10**6)
         if response.done:

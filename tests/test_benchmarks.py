@@ -76,7 +76,7 @@ def test_quick_report():
         assert f"\n{op} on " in right
     rows = [line for line in right.splitlines() if line.startswith("  small ")]
     assert len(rows) >= 9
-    assert all(re.search(r"\b[\d.]+x|[+-][\d.]+% of the step", row) for row in rows)
+    assert all(re.search(r"\b[\d.]+x|[+-][\d.]+% of the step|[+-][\d.e]+ MB over search_r1", row) for row in rows)
     assert "failed, so without a row: masked_advantages" in wrong
     assert "  small " not in wrong
     assert stored() == before

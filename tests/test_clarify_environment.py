@@ -133,9 +133,9 @@ def test_bad_arguments_are_named():
         environment(max_questions=-1)
     turn = CLARIFY.parse_turn(GUESS)
     with pytest.raises(ValueError, match="question 'other' has no scene"):
-        environment().respond([turn], [[]], [0], [False], [Question("other", "?", ("x",))])
+        environment().respond([turn], [[]], [0], [False], questions=[Question("other", "?", ("x",))])
     with pytest.raises(ValueError, match="must have one length, got 1, 1, 1, 1, 0"):
-        environment().respond([turn], [[]], [0], [False], [])
+        environment().respond([turn], [[]], [0], [False])
     with pytest.raises(ValueError, match=r"credit\.share_end must be in \(0, 1\], got 0"):
         Clarify(share_end=0)
     with pytest.raises(ValueError, match=r"credit\.clip must be in \[0, 1\), got 1"):

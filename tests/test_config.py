@@ -105,6 +105,11 @@ def test_bad_overrides_name_field_and_value(bad, message):
         override(bad)
 
 
+def test_scenes_have_one_episode():
+    with pytest.raises(ValueError, match=r"environment\.episodes must be 1 with data\.questions=scenes, got 2"):
+        override("data.questions=scenes", "environment.protocol=clarify", "environment.episodes=2")
+
+
 def test_a_field_of_another_method_is_unknown():
     with pytest.raises(ValueError, match=r"unknown field 'credit\.alpha'"):
         override("credit=search_r1", "credit.alpha=1")

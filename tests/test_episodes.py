@@ -47,7 +47,7 @@ def environment(**options):
 def one(env, turn, *, searches=0, over=(), faults=0, forced=False):
     """The response to a turn after so many searches, in a rollout whose episodes ended after `over` searches."""
     done = [Search(step, "x", ()) for step in range(searches)]
-    return env.respond([turn], [done], [faults], [forced], [[Episode(9, n, "a") for n in over]])[0]
+    return env.respond([turn], [done], [faults], [forced], episodes=[[Episode(9, n, "a") for n in over]])[0]
 
 
 def turns_of(rollout):
@@ -84,7 +84,7 @@ def test_searches_are_counted_anew_and_numbered_on():
     assert one(env, SEARCH, searches=2).counts == {"excess_searches": 1}
     assert one(env, SEARCH, searches=1, over=(0, 0)).forced_answer
     fresh = [[Search(0, "lima", ("lima0",))]], [[Episode(9, 1, "a")]]
-    (shown,) = environment(skip_shown=True).respond([SEARCH], fresh[0], [0], [False], fresh[1])
+    (shown,) = environment(skip_shown=True).respond([SEARCH], fresh[0], [0], [False], episodes=fresh[1])
     assert shown.search.passage_ids == ("lima1",)  # passages of earlier episodes were shown too
 
 
@@ -97,7 +97,7 @@ def test_a_caller_without_episodes_is_refused():
     with pytest.raises(ValueError, match="episodes must be given to an environment of 3 episodes, got None"):
         environment().respond([ANSWER], [[]], [0], [False])
     with pytest.raises(ValueError, match="one length, got 1, 1, 1, 1, 0"):
-        environment().respond([ANSWER], [[]], [0], [False], [])
+        environment().respond([ANSWER], [[]], [0], [False], episodes=[])
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         environment(episodes=0)
     with pytest.raises(ValueError, match=r"environment\.episodes must be at least 1, got 0"):
@@ -115,7 +115,7 @@ def write(*turns: str, room: int = 10**6, reason: str = "answered", answer: str 
         ids = tokenizer.encode(text, add_special_tokens=False)
         turn = t.add_policy(ids, [-1.0] * len(ids))
         if number < len(turns) - 1 or reason == "context":
-            (response,) = env.respond([turn], [t.searches], [faults], [False], [t.episodes])
+            (response,) = env.respond([turn], [t.searches], [faults], [False], episodes=[t.episodes])
             fits = t.add_response(response, room if number == len(turns) - 1 else 10**6)
             assert (fits is None) == (reason == "context" and number == len(turns) - 1)
     return t.finish(reason, answer)

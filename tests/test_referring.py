@@ -90,12 +90,12 @@ def play(world, question, asks, answer):
     searches, replies = [], []
     for text in asks:
         turn = CLARIFY.parse_turn(f"<ask>{text}</ask>")
-        (response,) = environment.respond([turn], [searches], [0], [False], [question])
+        (response,) = environment.respond([turn], [searches], [0], [False], questions=[question])
         assert response.kind is SpanKind.REPLY
         searches.append(response.search)
         replies.append(CLARIFY.shown(response.text))
     turn = CLARIFY.parse_turn(f"<answer>{answer(replies)}</answer>")
-    (response,) = environment.respond([turn], [searches], [0], [False], [question])
+    (response,) = environment.respond([turn], [searches], [0], [False], questions=[question])
     assert response.done
     return response.rewards["iou"], searches
 

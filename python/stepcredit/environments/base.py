@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stepcredit.protocol import Protocol as Grammar
 from stepcredit.protocol import Turn
-from stepcredit.rollout import Question, Search
+from stepcredit.rollout import Episode, Question, Search
 
 if TYPE_CHECKING:
     from stepcredit.environments.search import Response
@@ -37,16 +37,20 @@ class Environment(Protocol):
         searches: Sequence[Sequence[Search]],
         faults: Sequence[int],
         forced: Sequence[bool],
-        questions: Sequence[Question],
+        *,
+        episodes: Sequence[Sequence[Episode]] | None = None,
+        questions: Sequence[Question] = (),
     ) -> list[Response]:
         """Reply to one turn of each active rollout.
 
         Args:
             turns: N parsed turns.
             searches: N lists of the searches, or questions to a user, executed so far.
-            faults: N numbers of faults so far.
+            faults: N numbers of faults so far, in the episode under way.
             forced: N flags, whether this turn followed a forced answer opener.
-            questions: the N questions that the rollouts are about.
+            episodes: N lists of the episodes that are over; None: there are none.
+            questions: the N questions that the rollouts are about; an environment that does not look at them needs
+                none.
 
         Returns:
             N responses, in order.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stepcredit._validate import at_least
+from stepcredit._validate import at_least, one_length
 from stepcredit.data.referring import Referral
 from stepcredit.data.scenes import iou, region
 from stepcredit.environments.search import Response, fault
 from stepcredit.environments.user import User, reply
 from stepcredit.protocol import Protocol, Turn
-from stepcredit.rollout import Inquiry, Question, Search, SpanKind
+from stepcredit.rollout import Episode, Inquiry, Question, Search, SpanKind
 
 
 class ClarifyEnvironment:
@@ -62,14 +62,12 @@ class ClarifyEnvironment:
         searches: Sequence[Sequence[Search]],
         faults: Sequence[int],
         forced: Sequence[bool],
-        questions: Sequence[Question],
+        *,
+        episodes: Sequence[Sequence[Episode]] | None = None,
+        questions: Sequence[Question] = (),
     ) -> list[Response]:
-        """As `Environment.respond`; ValueError for a question without a referral."""
-        if not len(turns) == len(searches) == len(faults) == len(forced) == len(questions):
-            raise ValueError(
-                f"turns, searches, faults, forced and questions must have one length, got "
-                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}, {len(questions)}"
-            )
+        """As `Environment.respond`, of rollouts of a single episode; ValueError for a question without a referral."""
+        one_length(turns=turns, searches=searches, faults=faults, forced=forced, questions=questions)
         responses = []
         for turn, asked, wrong, opened, question in zip(turns, searches, faults, forced, questions, strict=True):
             if question.id not in self.referrals:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
 
-from stepcredit._validate import at_least
+from stepcredit._validate import at_least, one_length
 from stepcredit.protocol import Protocol, Turn
 from stepcredit.retrieval import RetrievalError
 from stepcredit.rollout import Episode, Search, SpanKind
@@ -107,6 +107,7 @@ class SearchEnvironment:
         searches: Sequence[Sequence[Search]],
         faults: Sequence[int],
         forced: Sequence[bool],
+        *,
         episodes: Sequence[Sequence[Episode]] | None = None,
         questions: Sequence[Question] = (),
     ) -> list[Response]:
@@ -127,11 +128,7 @@ class SearchEnvironment:
             if self.episodes > 1:
                 raise ValueError(f"episodes must be given to an environment of {self.episodes} episodes, got None")
             episodes = [()] * len(turns)
-        if not len(turns) == len(searches) == len(faults) == len(forced) == len(episodes):
-            raise ValueError(
-                f"turns, searches, faults, forced and episodes must have one length, got "
-                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}, {len(episodes)}"
-            )
+        one_length(turns=turns, searches=searches, faults=faults, forced=forced, episodes=episodes)
         # Searches that are left in the episode under way.
         left = [
             self.max_searches - (len(done) - (over[-1].searches if over else 0))

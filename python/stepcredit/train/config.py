@@ -326,6 +326,8 @@ class TrainConfig:
             f"{'clarify' if scenes else 'one that searches'} with data.questions={self.data.questions}",
             self.environment.protocol,
         )
+        episodes = self.environment.episodes
+        require(not scenes or episodes == 1, "environment.episodes", "1 with data.questions=scenes", episodes)
         require(scenes or not self.rewards.iou, "rewards.iou", "0 without data.questions=scenes", self.rewards.iou)
         idle = self.warm_start.mix.idle
         require(scenes or not idle, "warm_start.mix.idle", "0 without data.questions=scenes", idle)
