@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from stepcredit.rollout import Rollout, SpanKind
 
 if TYPE_CHECKING:
+    from stepcredit.data.conversations import Fact
     from transformers import PreTrainedTokenizerBase
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -90,6 +91,63 @@ def any_gold_hit(rollout: Rollout) -> float | None:
     if not supporting:
         return None
     return float(not supporting.isdisjoint(_shown(rollout)))
+
+
+def coverage(found: Collection[str], evidence: Collection[str], alpha: float) -> float:
+    """How well what was found covers the evidence, in [0, 1]: `alpha * recall + (1 - alpha) * Jaccard index`.
+
+    Recall is `|found & evidence| / |evidence|`; the Jaccard index, `|found & evidence| / |found | evidence|`, also pays
+    for leaving out the rest.
+
+    Args:
+        found, evidence: ids; repeated ones count once.
+        alpha: weight of the recall, in [0, 1].
+
+    Raises:
+        ValueError: `evidence` is empty, so that nothing could be covered, or `alpha` is out of range.
+
+    Source: CoMAM (arXiv 2603.12631).
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    wanted, got = set(evidence), set(found)
+    if not wanted:
+        raise ValueError("evidence is empty: there is nothing to cover")
+    common = len(wanted & got)
+    return alpha * common / len(wanted) + (1 - alpha) * common / len(wanted | got)
+
+
+def states(text: str, value: str) -> bool:
+    """Whether the normalised value stands in the normalised text as whole words: "tea" does not in "steam"."""
+    wanted = normalize_answer(value)
+    return bool(wanted) and f" {wanted} " in f" {normalize_answer(text)} "
+
+
+def facts_stated(text: str, facts: Sequence[Fact]) -> float:
+    """Share of the facts that a text states, in [0, 1]: it names the fact's value (`states`) and none of the values
+    that the fact had before. 0.0 without facts. Ours: it reads no sentence, so that "tea, no longer coffee" counts as
+    a contradiction."""
+    if not facts:
+        return 0.0
+    stated = [states(text, f.value) and not any(states(text, old) for old in f.outdated) for f in facts]
+    return sum(stated) / len(facts)
+
+
+_LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[\s.:)]+(.*))?", re.DOTALL)
+
+
+def chosen_option(answer: str | None, options: Sequence[str]) -> int | None:
+    """Which option an answer chooses: by its text, by its letter ("b", "(b)", "B."), or by both where they agree; None
+    where it chooses none. Options are lettered from (a)."""
+    text = (answer or "").strip()
+    by_text = {normalize_answer(option): i for i, option in enumerate(options)}
+    if (found := by_text.get(normalize_answer(text))) is not None:
+        return found
+    letter = _LETTER.fullmatch(text)
+    if letter is None or (number := ord(letter[1].lower()) - ord("a")) >= len(options):
+        return None
+    rest = (letter[2] or "").strip()
+    return number if not rest or normalize_answer(rest) == normalize_answer(options[number]) else None
 
 
 def _shown(rollout: Rollout) -> set[str]:

@@ -117,6 +117,7 @@ class Rollout:
         searches: the executed searches, in order of `step`.
         rewards: reward parts by name; filled after the rollout.
         counts: what went wrong and how often, e.g. {"invalid_turns": 1, "forged_tags": 2}.
+        agent: which agent of a pipeline wrote it; "" where there is one policy.
     """
 
     question: Question
@@ -130,6 +131,7 @@ class Rollout:
     searches: list[Search] = field(default_factory=list)
     rewards: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    agent: str = ""
 
     def __post_init__(self) -> None:
         self.validate()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from stepcredit._names import nearest
 from stepcredit.credit.base import Credit, CreditMethod
+from stepcredit.credit.comam import CoMAM
 from stepcredit.credit.distillation import Distillation
 from stepcredit.credit.gigpo import GiGPO
 from stepcredit.credit.ig_search import IGSearch
@@ -28,6 +29,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "gigpo": GiGPO,
     "tips": TIPS,
     "step_search": StepSearch,
+    "comam": CoMAM,
 }
 
 
@@ -42,6 +44,7 @@ __all__ = [
     "IGPO",
     "METHODS",
     "TIPS",
+    "CoMAM",
     "Credit",
     "CreditMethod",
     "Distillation",
