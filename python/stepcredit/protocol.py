@@ -107,9 +107,14 @@ class Protocol:
         return {tag: kind for tag, kind in tags.items() if tag is not None}
 
     @property
+    def answer_tag(self) -> str:
+        """The tag around what ends a rollout."""
+        return "answer"
+
+    @property
     def answer_opener(self) -> str:
         """What the environment writes to force an answer; the next turn is then answer text."""
-        return "<answer>"
+        return f"<{self.answer_tag}>"
 
     @property
     def invalid_notice(self) -> str:
@@ -136,6 +141,10 @@ class Protocol:
         """Reply to a search beyond the allowed number."""
         return "\nNo searches are left.\n"
 
+    def shown_question(self, question: Question) -> str:
+        """What the prompt shows of a question."""
+        return f"Question: {question.text.strip()}\n"
+
     def prompt(self, question: Question, tokenizer: PreTrainedTokenizerBase, style: PromptStyle = "plain") -> list[int]:
         """Token ids of the prompt.
 
@@ -150,7 +159,7 @@ class Protocol:
                 the text of a special token (a template is encoded as one text, so that it would become that token;
                 "plain" keeps it text). The message names the question and the token.
         """
-        text = f"Question: {question.text.strip()}\n"
+        text = self.shown_question(question)
         if style == "chat":
             if tokenizer.chat_template is None:
                 raise ValueError("style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
@@ -264,7 +273,9 @@ class Protocol:
 # in the length of the text, which strangers wrote.
 _CLOSER = re.compile(r"<\s*/\s*(?:search|answer)\s*>")
 _ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
-_ANY_TAG = re.compile(r"<\s*(?:/\s*)?(?:think|search|answer|refine|merge|information|documents)\s*>", re.IGNORECASE)
+_ANY_TAG = re.compile(
+    r"<\s*(?:/\s*)?(?:think|search|answer|refine|merge|information|documents|memory|profile)\s*>", re.IGNORECASE
+)
 
 
 def escape_tags(text: str) -> str:

@@ -49,7 +49,7 @@ class Fact:
         topic: what it is about, e.g. "drink".
         value: what holds now.
         outdated: values that it had before, the first one first.
-        evidence: ids of the messages that state it.
+        evidence: ids of the messages about it, those of outdated values included.
     """
 
     topic: str

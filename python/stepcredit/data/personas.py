@@ -93,8 +93,8 @@ class PersonaSettings:
     chatter: int = 2
 
     def __post_init__(self) -> None:
-        at_least(self, "personas.", seed=0, train=1, dev=0, test=0, sessions=1, topics=1, chatter=0)
-        require(self.topics <= len(TOPICS), "personas.topics", f"at most {len(TOPICS)}", self.topics)
+        at_least(self, "memory.personas.", seed=0, train=1, dev=0, test=0, sessions=1, topics=1, chatter=0)
+        require(self.topics <= len(TOPICS), "memory.personas.topics", f"at most {len(TOPICS)}", self.topics)
 
 
 @dataclass(slots=True)
@@ -157,7 +157,12 @@ def _conversation(name: str, settings: PersonaSettings, rng: random.Random) -> t
             if rng.random() < 0.4:
                 say("assistant", rng.choice(_REPLIES), session)
     facts = tuple(
-        Fact(topic.name, topic.values[-1], tuple(topic.values[:-1]), tuple(messages[i].id for i in topic.messages[-1]))
+        Fact(
+            topic.name,
+            topic.values[-1],
+            tuple(topic.values[:-1]),
+            tuple(messages[i].id for i in sum(topic.messages, [])),
+        )
         for topic in topics
     )
     return Conversation(name, tuple(messages), facts), topics

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stepcredit._validate import at_least
 from stepcredit.protocol import Protocol, Turn
 from stepcredit.retrieval import RetrievalError
-from stepcredit.rollout import Search, SpanKind
+from stepcredit.rollout import Question, Search, SpanKind
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Hits, Passage, Retriever
@@ -95,6 +95,7 @@ class SearchEnvironment:
         searches: Sequence[Sequence[Search]],
         faults: Sequence[int],
         forced: Sequence[bool],
+        questions: Sequence[Question] = (),
     ) -> list[Response]:
         """Reply to one turn of each active rollout.
 
@@ -103,6 +104,7 @@ class SearchEnvironment:
             searches: N lists of the searches executed so far.
             faults: N numbers of faults so far.
             forced: N flags, whether this turn followed a forced answer opener.
+            questions: N questions of the rollouts, for environments that answer by them; this one does not.
 
         Returns:
             N responses, in order.

@@ -62,6 +62,7 @@ def play(
             [s.transcript.searches for s in running],
             [s.faults for s in running],
             [s.forced for s in running],
+            [s.demonstration.question for s in running],
         )
         for script, turn, response in zip(running, turns, responses, strict=True):
             room = max_context - len(script.transcript.tokens)
@@ -90,13 +91,17 @@ class _Script:
 
     def play_turn(self, max_context: int) -> Turn | None:
         """The script's next turn; None when it does not fit the context, which ends the rollout."""
-        queries, answer = self.demonstration.queries, self.demonstration.answer
+        queries, answer, tag = (
+            self.demonstration.queries,
+            self.demonstration.answer,
+            self.transcript.protocol.answer_tag,
+        )
         merges = self.demonstration.merges[self.searched - 1 : self.searched] if self.searched else ()
         merged = "".join(f"<merge> {merge} </merge>\n" for merge in merges)
         if self.forced:
-            text = f" {answer} </answer>"
+            text = f" {answer} </{tag}>"
         elif self.searched == len(queries):
-            text = f"{merged}<answer> {answer} </answer>"
+            text = f"{merged}<{tag}> {answer} </{tag}>"
         else:
             text = f"{merged}<search> {queries[self.searched]} </search>"
             self.searched += 1

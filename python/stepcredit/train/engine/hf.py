@@ -243,6 +243,7 @@ class HFEngine:
             [row.transcript.searches for row, _ in asking],
             [row.faults for row, _ in asking],
             [row.forced for row, _ in asking],
+            [row.transcript.question for row, _ in asking],
         )
         for (row, turn), response in zip(asking, responses, strict=True):
             row.faults += response.fault
