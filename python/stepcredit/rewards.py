@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from stepcredit.rollout import Rollout, SpanKind
 
 if TYPE_CHECKING:
-    from stepcredit.data.conversations import Fact
     from transformers import PreTrainedTokenizerBase
+
+    from stepcredit.data.conversations import Fact
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -133,21 +134,25 @@ def facts_stated(text: str, facts: Sequence[Fact]) -> float:
     return sum(stated) / len(facts)
 
 
-_LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[\s.:)]+(.*))?", re.DOTALL)
+# A letter that is marked as one, and what follows it.
+_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[).:])(.*)", re.DOTALL)
 
 
 def chosen_option(answer: str | None, options: Sequence[str]) -> int | None:
     """Which option an answer chooses: by its text, by its letter ("b", "(b)", "B."), or by both where they agree; None
     where it chooses none. Options are lettered from (a)."""
     text = (answer or "").strip()
-    by_text = {normalize_answer(option): i for i, option in enumerate(options)}
-    if (found := by_text.get(normalize_answer(text))) is not None:
-        return found
-    letter = _LETTER.fullmatch(text)
-    if letter is None or (number := ord(letter[1].lower()) - ord("a")) >= len(options):
+    named = {normalize_answer(option): i for i, option in enumerate(options)}.get(normalize_answer(text))
+    if marked := _LETTER.fullmatch(text):
+        letter, rest = marked[1] or marked[2], marked[3].strip()
+    elif named is not None or len(text) != 1:
+        return named
+    else:
+        letter, rest = text, ""
+    number = ord(letter.lower()) - ord("a")
+    if not 0 <= number < len(options) or (rest and normalize_answer(rest) != normalize_answer(options[number])):
         return None
-    rest = (letter[2] or "").strip()
-    return number if not rest or normalize_answer(rest) == normalize_answer(options[number]) else None
+    return number
 
 
 def _shown(rollout: Rollout) -> set[str]:

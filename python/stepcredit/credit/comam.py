@@ -93,7 +93,7 @@ class CoMAM:
 
     And of all:
 
-    * `comam/all_wrong`: share of the inputs of which no trajectory has an outcome above 0: every consistency is 1 there.
+    * `comam/all_wrong`: share of the inputs of which no trajectory has a reward above 0; there all consistencies are 1.
     * `advantage/zero_variance_groups`: share of the agents' groups whose combined rewards are all equal.
     * `advantage/outcome_abs_mean`: mean absolute advantage of policy tokens.
 

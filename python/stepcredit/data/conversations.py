@@ -6,9 +6,9 @@ One conversation a line:
 * `messages`, in the order in which they were said, each with `id` (unique in the conversation), `speaker`, `text`
   (strings, not empty), and optionally `session` (an integer that counts the sittings of the conversation);
 * `questions`, each with `id` (unique in the file), `question`, `answers` (gold answer and its aliases: a list of
-  strings, at least one, none empty), `evidence` (ids of the messages that hold the answer, at least one), and optionally
-  `options` (the answers to choose from: two to 26 different ones, exactly one of them a gold answer) and `type` (a
-  label);
+  strings, at least one, none empty), `evidence` (ids of the messages that hold the answer, at least one), and
+  optionally `options` (the answers to choose from: two to 26 different ones, exactly one of them a gold answer) and
+  `type` (a label);
 * optionally `facts`, what holds of the user at the end: each with `topic`, `value`, and optionally `outdated` (values
   that it had before) and `evidence`. The default judge of profiles needs them.
 

@@ -35,9 +35,9 @@ def memory_scripts(questions: Sequence[MemoryQuestion], good: float, seed: int =
     """One script per question, in the order given; deterministic for a seed.
 
     A good one keeps every message about a fact and the question's evidence, writes down each fact as it holds at the
-    end, and searches for the question's plan (its text where it has none). A bad one forgets half of the messages, keeps
-    small talk instead, writes outdated values where there are any, and searches for a few words of the question. Both
-    write down only facts of which something was kept, and both answer right.
+    end, and searches for the question's plan (its text where it has none). A bad one forgets half of the messages,
+    keeps small talk instead, writes outdated values where there are any, and searches for a few words of the question.
+    Both write down only facts of which something was kept, and both answer right.
 
     Args:
         questions: with or without known facts; without, the question's evidence is all that is kept.

@@ -156,16 +156,12 @@ def _conversation(name: str, settings: PersonaSettings, rng: random.Random) -> t
             say("user", text, session)
             if rng.random() < 0.4:
                 say("assistant", rng.choice(_REPLIES), session)
-    facts = tuple(
-        Fact(
-            topic.name,
-            topic.values[-1],
-            tuple(topic.values[:-1]),
-            tuple(messages[i].id for i in sum(topic.messages, [])),
-        )
-        for topic in topics
-    )
-    return Conversation(name, tuple(messages), facts), topics
+    facts = []
+    for topic in topics:
+        *outdated, value = topic.values
+        about = tuple(messages[i].id for numbers in topic.messages for i in numbers)
+        facts.append(Fact(topic.name, value, tuple(outdated), about))
+    return Conversation(name, tuple(messages), tuple(facts)), topics
 
 
 def _questions(conversation: Conversation, topics: list[_Topic], rng: random.Random) -> Iterator[Question]:

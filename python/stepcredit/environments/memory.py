@@ -114,7 +114,8 @@ something lasting about the user, such as what the user likes or has changed. Wr
 
 _PROFILE = """\
 Below are notes from conversations with a user, oldest first, each with a number. Write what holds of the user now \
-between <profile> and </profile>, one fact a line, for example pet: a parrot. Where notes disagree the later one holds."""
+between <profile> and </profile>, one fact a line, for example pet: a parrot. Where notes disagree, the later one \
+holds."""
 
 _RETRIEVAL = """\
 Answer the question about a user from the profile below and from notes about the user, which you can search: write \

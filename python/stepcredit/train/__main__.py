@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from stepcredit.credit import METHODS
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.loop import train
-from stepcredit.train.memory import build_memory, train_memory
+from stepcredit.train.memory import train_memory
+from stepcredit.train.memory_setup import build_memory
 from stepcredit.train.overrides import apply_overrides, as_text, describe_type, field_docs, flatten, from_json
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import RECIPES, get_recipe

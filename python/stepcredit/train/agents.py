@@ -30,7 +30,7 @@ class Agent:
         engine: samples its rollouts.
         optimizer: of its own weights alone.
         scorer: its model in training.
-        adapter: the LoRA configuration of the agent's adapter, which has the agent's name; None: the whole model is its.
+        adapter: the LoRA configuration of its adapter, which has the agent's name; None: the whole model is its.
     """
 
     name: str

@@ -21,7 +21,7 @@ GLOSSARY: dict[str, str] = {
     "data_passages": "passages of the corpus",
     "data_train, data_dev, data_test": "questions of each split",
     "data_without_plan": "training questions without a plan, which a warm start that needs plans leaves out",
-    "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test; how many conversations there are",
+    "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test; or counted: conversations",
     "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
     "when": 'of an evaluation: "before" or "after" the GRPO steps',
     "greedy_<name>, sampled_<name>": "of an evaluation: <name>, below, over greedy or sampled rollouts",
@@ -44,8 +44,8 @@ GLOSSARY: dict[str, str] = {
     "(passages that lost words), skipped_passages (left out as the rollout had been shown them), repeated_queries and "
     "dropped_queries (of a search's several, the same again and beyond the limit), duplicate_passages (found by "
     "several of them); of a memory pipeline malformed_entries, unknown_messages and repeated_messages (lines of the "
-    "extraction agent that are no entry, name no message or one again), dropped_entries and dropped_lines (left out of a "
-    "prompt that would not fit)",
+    "extraction agent that are no entry, name no message or one again), dropped_entries and dropped_lines (left out of "
+    "a prompt that would not fit)",
     "policy_tokens": "tokens the policy wrote, per rollout",
     "length": "tokens per rollout, prompt and environment included",
     "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",
@@ -108,7 +108,7 @@ GLOSSARY: dict[str, str] = {
     "local_<agent>, finished_<agent>": "of a memory pipeline: mean local reward of an agent, and share of its rollouts "
     "that closed their text",
     "coverage, entries": "mean share of the evidence that the extraction agent kept, and messages it kept a trajectory",
-    "loss_<agent>, grad_norm_<agent>": "of a memory pipeline: loss and grad_norm of one agent; without a name their means",
+    "loss_<agent>, grad_norm_<agent>": "of a memory pipeline: those of one agent; without a name their means",
     "tokens_rollout, tokens_credit, tokens_update": "tokens_forwarded of a GRPO step by part",
     "tokens_forwarded": "real (not padding) tokens run forward through the model, without an audit's separate forwards",
     "seconds": "wall-clock seconds of this line's step",

@@ -12,13 +12,13 @@ from stepcredit.train.config import (
     DataConfig,
     EnvironmentConfig,
     EvaluationConfig,
-    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
     WarmStartConfig,
 )
+from stepcredit.train.memory_config import MemoryConfig
 from stepcredit.train.rewards import RewardWeights
 
 

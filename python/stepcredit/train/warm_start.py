@@ -91,11 +91,8 @@ class _Script:
 
     def play_turn(self, max_context: int) -> Turn | None:
         """The script's next turn; None when it does not fit the context, which ends the rollout."""
-        queries, answer, tag = (
-            self.demonstration.queries,
-            self.demonstration.answer,
-            self.transcript.protocol.answer_tag,
-        )
+        queries, answer = self.demonstration.queries, self.demonstration.answer
+        tag = self.transcript.protocol.answer_tag
         merges = self.demonstration.merges[self.searched - 1 : self.searched] if self.searched else ()
         merged = "".join(f"<merge> {merge} </merge>\n" for merge in merges)
         if self.forced:
