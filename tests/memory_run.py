@@ -1,4 +1,4 @@
-"""A tiny memory pipeline for tests: short conversations, and a small model that was taught to act in all three roles."""
+"""A tiny memory pipeline for tests: short conversations, and a small model that was taught all three roles."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stepcredit.train.update import supervised_step
 
 WORDS = (
     "model.name=tiny", "model.dtype=float32", "model.device=cpu", "steps=2", "questions_per_step=2", "group_size=4",
-    "memory.personas.train=12", "memory.personas.dev=1", "memory.personas.test=3", "memory.personas.sessions=2",
-    "memory.personas.topics=2", "memory.personas.chatter=1", "memory.extraction_tokens=32", "memory.profile_tokens=16",
+    "memory.personas.train=24", "memory.personas.dev=1", "memory.personas.test=3", "memory.personas.sessions=2",
+    "memory.personas.topics=1", "memory.personas.chatter=1", "memory.extraction_tokens=32", "memory.profile_tokens=16",
     "memory.rank=4", "sampling.max_turn_tokens=12", "sampling.max_answer_tokens=6", "optimizer.learning_rate=1e-2",
     "warm_start.steps=0", "evaluation.questions=2", "evaluation.samples=0",
 )  # fmt: skip

@@ -242,7 +242,7 @@ def _sample(
     def act(name: str, tasks: Sequence[AgentTask], each: int) -> list[Rollout]:
         agent = parts.agents[name]
         agent.activate()
-        mine = replace(sampling, seed=derive_seed(sampling.seed, name), maxturn_tokens=turn_tokens(config, name))
+        mine = replace(sampling, seed=derive_seed(sampling.seed, name), max_turn_tokens=turn_tokens(config, name))
         return agent.engine.rollout(tasks, parts.environments[name], mine, group_size=each, progress=progress)
 
     return run_pipeline(act, questions, group_size=group_size, fits=lambda name, task: fits(config, parts, name, task))

@@ -106,7 +106,7 @@ def build_memory(config: TrainConfig, reporter: Reporter) -> MemoryParts:
 
 def turn_tokens(config: TrainConfig, name: str) -> int:
     written = {"extraction": config.memory.extraction_tokens, "profile": config.memory.profile_tokens}
-    return written.get(name, config.sampling.maxturn_tokens)
+    return written.get(name, config.sampling.max_turn_tokens)
 
 
 def fits(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask) -> bool:
