@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory_run import WORDS, memory_config, taught, taught_parts
+from memory_run import WORDS, base, fresh_parts, made_up_rewards, memory_config
 from stepcredit.credit import CoMAM, SearchR1
 from stepcredit.environments.memory import AGENTS
 from stepcredit.rollout import RolloutBatch
@@ -27,9 +27,15 @@ from tiny_run import same, tiny_config
 TIMED = ("seconds",)
 
 
+@pytest.fixture
+def rewarded(monkeypatch):
+    """Agents earn something for whatever they write."""
+    monkeypatch.setattr(memory, "assign_pipeline_rewards", made_up_rewards)
+
+
 def run(directory, *overrides, resume=False):
     directory.mkdir(exist_ok=True)
-    config, parts = taught_parts("checkpoint_every=2", *overrides)
+    config, parts = fresh_parts("checkpoint_every=2", *overrides)
     summary = train_memory(config, parts, directory, resume=resume)
     return parts, summary
 
@@ -49,7 +55,7 @@ def states(parts):
 
 
 @pytest.mark.parametrize("agents", ["adapters", "models"])
-def test_two_and_two_steps_are_four_bit_for_bit(tmp_path, agents):
+def test_two_and_two_steps_are_four_bit_for_bit(tmp_path, agents, rewarded):
     words = (f"memory.agents={agents}",)
     whole, summary = run(tmp_path / "whole", "steps=4", *words)
     run(tmp_path / "parts", "steps=2", *words)
@@ -71,22 +77,22 @@ def test_two_and_two_steps_are_four_bit_for_bit(tmp_path, agents):
         assert line["logprob_gap"] < 1e-4
     for name in AGENTS:
         assert any(line[f"grad_norm_{name}"] > 0 for line in lines), name
-    assert any(line["comam/reward_extraction"] > 0 for line in lines)
+    assert all(line["comam/reward_extraction"] > 0 for line in lines)
 
 
-def test_adapters_learn_apart_and_the_model_stays_as_it_is(tmp_path):
-    config, parts = taught_parts()
+def test_adapters_learn_apart_and_the_model_stays_as_it_is(rewarded):
+    config, parts = fresh_parts()
     agents = list(parts.agents.values())
     assert len({id(agent.model) for agent in agents}) == 1
     names = [set(agent.optimizer.parameters) for agent in agents]
     assert all(f".{agent.name}." in name for agent, own in zip(agents, names, strict=True) for name in own)
-    base = {k: v.clone() for k, v in agents[0].model.state_dict().items() if "lora" not in k}
+    frozen = {k: v.clone() for k, v in agents[0].model.state_dict().items() if "lora" not in k}
     before = states(parts)
     lines = [train_step(config, parts, State(), step) for step in range(2)]
-    assert same(base, {k: v for k, v in agents[0].model.state_dict().items() if "lora" not in k})
-    trained = AutoModelForCausalLM.from_pretrained(taught())
+    assert same(frozen, {k: v for k, v in agents[0].model.state_dict().items() if "lora" not in k})
+    trained = AutoModelForCausalLM.from_pretrained(base())
     for name, weight in trained.named_parameters():
-        stored = next(v for k, v in base.items() if k.replace(".base_layer", "") == name)
+        stored = next(v for k, v in frozen.items() if k.replace(".base_layer", "") == name)
         assert torch.equal(weight, stored)
     for agent in agents:
         moved = any(line[f"grad_norm_{agent.name}"] > 0 for line in lines)
@@ -95,8 +101,8 @@ def test_adapters_learn_apart_and_the_model_stays_as_it_is(tmp_path):
         assert not same(before[agent.name], {k: after[k] for k in before[agent.name]})
 
 
-def test_one_agents_update_leaves_the_others_alone(monkeypatch):
-    config, parts = taught_parts()
+def test_one_agents_update_leaves_the_others_alone(monkeypatch, rewarded):
+    config, parts = fresh_parts()
     seen = []
     update = memory.policy_update
 
@@ -117,8 +123,8 @@ def test_one_agents_update_leaves_the_others_alone(monkeypatch):
     assert any(changed for _, changed, _ in seen)
 
 
-def test_no_token_of_the_environment_has_an_advantage(monkeypatch):
-    config, parts = taught_parts()
+def test_no_token_of_the_environment_has_an_advantage(monkeypatch, rewarded):
+    config, parts = fresh_parts()
     seen = []
     update = memory.policy_update
 
@@ -142,7 +148,7 @@ def test_no_token_of_the_environment_has_an_advantage(monkeypatch):
         assert torch.equal(CoMAM(reward="global")(batch).advantages, SearchR1()(batch, None).advantages)
 
 
-def test_the_agents_that_are_written_are_those_that_were_trained(tmp_path):
+def test_the_agents_that_are_written_are_those_that_were_trained(tmp_path, rewarded):
     from peft import PeftModel
 
     parts, summary = run(tmp_path, "credit.weights=uniform", "evaluation.samples=1")
@@ -154,8 +160,8 @@ def test_the_agents_that_are_written_are_those_that_were_trained(tmp_path):
         agent.activate()
         with torch.no_grad():
             outputs.append(agent.model(ids).logits)
-            base = AutoModelForCausalLM.from_pretrained(taught())
-            written = PeftModel.from_pretrained(base, tmp_path / "agents" / name).eval()
+            plain = AutoModelForCausalLM.from_pretrained(base())
+            written = PeftModel.from_pretrained(plain, tmp_path / "agents" / name).eval()
             torch.testing.assert_close(written(ids).logits, outputs[-1], rtol=1e-5, atol=1e-6)
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
@@ -163,11 +169,10 @@ def test_the_agents_that_are_written_are_those_that_were_trained(tmp_path):
         load_checkpoint(tmp_path / "checkpoint", {"other": parts.agents["profile"].optimizer})
 
 
-def test_three_models_of_their_own(tmp_path):
-    words = ["memory.agents=models", f"memory.models={taught()},{taught()},{taught()}"]
-    parts, _ = run(tmp_path, *words)
+def test_three_models_of_their_own(tmp_path, rewarded):
+    parts, _ = run(tmp_path, "memory.agents=models", f"memory.models={base()},{base()},{base()}")
     weights = [dict(agent.model.state_dict()) for agent in parts.agents.values()]
-    start = AutoModelForCausalLM.from_pretrained(taught()).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(base()).state_dict()
     assert not any(same(start, own) for own in weights)
     assert not same(weights[0], weights[1])
     for name in AGENTS:
@@ -178,7 +183,7 @@ def test_the_command_runs_a_warm_start_and_goes_on(tmp_path, capsys):
     words = [
         "comam",
         *WORDS,
-        f"model.name={taught()}",
+        "memory.agents=models",
         f"output_dir={tmp_path}",
         "warm_start.steps=3",
         "warm_start.batch=4",
