@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from stepcredit.credit.comam import consistency_weights, ranking_consistency
 from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.metrics import documented
+from stepcredit.train.overrides import apply_overrides, flatten
+from stepcredit.train.recipes import get_recipe
 from tokenizers_under_test import BUILT
 
+DOCS = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
 TOKENIZER = BUILT["byte_bpe"]()
 QUESTIONS = [Question("a", "Which tea?", ("green",)), Question("b", "Which sport?", ("judo",))]
 NAN = math.nan
@@ -198,6 +202,33 @@ def test_permuting_trajectories_and_agents_permutes_the_advantages():
     assert by_rollout(CoMAM()(other), other) == pytest.approx([values[i] for i in order], abs=1e-6)
     a, b = CoMAM()(batch).metrics, CoMAM()(other).metrics
     assert {k: v for k, v in a.items() if "ndcg" in k} == {k: v for k, v in b.items() if "ndcg" in k}
+
+
+def test_the_equivalent_code_of_the_documentation():
+    section = DOCS.split("\n## `comam`")[1].split("\n## ")[0]
+    equivalent, loop = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    local = torch.tensor([[0.9, 0.5, 0.7, 0.1], [0.2, 0.3, 0.4, 0.1], [0.0, 0.6, 0.3, 0.9]])
+    names = {"torch": torch, "G": 4, "eps": 1e-6, "local": local, "r": torch.tensor([1.0, 0.0, 0.0, 1.0])}
+    exec(equivalent, names)
+    rows = [(0, f"agent {n}", float(local[n, i]), float(names["r"][i])) for n in range(3) for i in range(4)]
+    batch = make(rows)
+    assert by_rollout(CoMAM()(batch), batch) == pytest.approx(names["A"].flatten().tolist(), abs=1e-5)
+    everything = [(rollout, agent, own, r) for rollout, (_, agent, own, r) in zip(batch.rollouts, rows, strict=True)]
+    names = {"RolloutBatch": RolloutBatch, "everything": everything}
+    for rollout in batch.rollouts:
+        rollout.rewards = {}
+    exec(loop, names)
+    assert torch.equal(torch.cat(names["per_rollout"]), CoMAM()(batch).advantages)
+
+
+def test_the_documentations_commands_are_right():
+    section = DOCS.split("\n## `comam`")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("python -m stepcredit.train comam")]
+    assert len(lines) == 3
+    for line in lines:
+        assert apply_overrides(get_recipe("comam"), line.split()[4:]).memory.conversations
+    words = section.replace("`", " ").replace(",", " ").split()
+    assert {w.split("=")[0] for w in words if w.startswith(("memory.", "credit."))} <= set(flatten(get_recipe("comam")))
 
 
 def test_a_policy_is_not_asked():

@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from stepcredit.data.conversations import Conversation, MemoryQuestion
 from stepcredit.environments.search import Response, SearchEnvironment
@@ -200,8 +201,8 @@ class MemoryEnvironment(SearchEnvironment):
         options: `top_k`, `max_searches`, ... of `SearchEnvironment`.
     """
 
-    def __init__(self, protocol: Protocol, **options: int | bool | None) -> None:
-        super().__init__(MemoryRetriever(()), protocol, **options)  # type: ignore[arg-type]
+    def __init__(self, protocol: Protocol, **options: Any) -> None:
+        super().__init__(MemoryRetriever(()), protocol, **options)
 
     def respond(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def build_agents(
     peft = require_peft()
     model, tokenizer = load_policy(config.model.name, device=device, dtype=dtype, texts=texts, seed=config.seed)
     adapters = {name: _lora(config) for name in GRAMMARS}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
         torch.manual_seed(config.seed)
         for name, adapter in adapters.items():
             peft.inject_adapter_in_model(adapter, model, name)
