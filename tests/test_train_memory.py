@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -29,13 +30,14 @@ TIMED = ("seconds",)
 
 @pytest.fixture
 def rewarded(monkeypatch):
-    """Agents earn something for whatever they write."""
+    """Agents earn something for whatever they write. Curves take half of a run's time here, and are not drawn."""
     monkeypatch.setattr(memory, "assign_pipeline_rewards", made_up_rewards)
+    monkeypatch.setattr(memory, "draw_curves", lambda metrics, path: "")
 
 
 def run(directory, *overrides, resume=False):
     directory.mkdir(exist_ok=True)
-    config, parts = fresh_parts("checkpoint_every=2", *overrides)
+    config, parts = fresh_parts("checkpoint_every=1", "evaluation.questions=1", *overrides)
     summary = train_memory(config, parts, directory, resume=resume)
     return parts, summary
 
@@ -55,11 +57,13 @@ def states(parts):
 
 
 @pytest.mark.parametrize("agents", ["adapters", "models"])
-def test_two_and_two_steps_are_four_bit_for_bit(tmp_path, agents, rewarded):
-    words = (f"memory.agents={agents}",)
-    whole, summary = run(tmp_path / "whole", "steps=4", *words)
-    run(tmp_path / "parts", "steps=2", *words)
-    resumed, resumed_summary = run(tmp_path / "parts", "steps=4", *words, resume=True)
+def test_one_and_one_step_are_two_bit_for_bit(tmp_path, agents, rewarded):
+    words = [f"memory.agents={agents}"]
+    if agents == "models":
+        words.append(f"memory.models={base()},{base()},{base()}")
+    whole, summary = run(tmp_path / "whole", "steps=2", *words)
+    run(tmp_path / "parts", "steps=1", *words)
+    resumed, resumed_summary = run(tmp_path / "parts", "steps=2", *words, resume=True)
     for name in AGENTS:
         assert same(whole.agents[name].optimizer.state(), resumed.agents[name].optimizer.state())
         assert same(whole.agents[name].model.state_dict(), resumed.agents[name].model.state_dict())
@@ -69,15 +73,20 @@ def test_two_and_two_steps_are_four_bit_for_bit(tmp_path, agents, rewarded):
         k: v for k, v in resumed_summary.items() if k != "seconds"
     }
     lines = steps(tmp_path / "whole")
-    assert len(lines) == 4
+    assert len(lines) == 2
     for line in lines:
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
         assert [key for key in line if not documented(key)] == []
         assert sum(line[f"comam/weight_{name}"] for name in AGENTS) == pytest.approx(1.0)
         assert line["logprob_gap"] < 1e-4
     for name in AGENTS:
-        assert any(line[f"grad_norm_{name}"] > 0 for line in lines), name
-    assert all(line["comam/reward_extraction"] > 0 for line in lines)
+        assert all(line[f"grad_norm_{name}"] > 0 for line in lines), name
+    if agents == "models":
+        weights = [
+            AutoModelForCausalLM.from_pretrained(tmp_path / "whole/agents" / name).state_dict() for name in AGENTS
+        ]
+        start = AutoModelForCausalLM.from_pretrained(base()).state_dict()
+        assert not any(same(*pair) for pair in itertools.combinations([start, *weights], 2))
 
 
 def test_adapters_learn_apart_and_the_model_stays_as_it_is(rewarded):
@@ -167,16 +176,6 @@ def test_the_agents_that_are_written_are_those_that_were_trained(tmp_path, rewar
     assert not torch.equal(outputs[1], outputs[2])
     with pytest.raises(ValueError, match=r"other agents: it has no optimizer\.other\.safetensors"):
         load_checkpoint(tmp_path / "checkpoint", {"other": parts.agents["profile"].optimizer})
-
-
-def test_three_models_of_their_own(tmp_path, rewarded):
-    parts, _ = run(tmp_path, "memory.agents=models", f"memory.models={base()},{base()},{base()}")
-    weights = [dict(agent.model.state_dict()) for agent in parts.agents.values()]
-    start = AutoModelForCausalLM.from_pretrained(base()).state_dict()
-    assert not any(same(start, own) for own in weights)
-    assert not same(weights[0], weights[1])
-    for name in AGENTS:
-        assert (tmp_path / "agents" / name / "model.safetensors").is_file()
 
 
 def test_the_command_runs_a_warm_start_and_goes_on(tmp_path, capsys):

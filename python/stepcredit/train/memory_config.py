@@ -48,7 +48,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         choices(self, "memory.")
-        at_least(self, "memory.", rank=1, lora_alpha=0.0, extraction_tokens=1, profile_tokens=1, retrieval_scale=0.0)
+        at_least(self, "memory.", rank=1, lora_alpha=0, extraction_tokens=1, profile_tokens=1, retrieval_scale=0.0)
         for name in ("extraction_alpha", "retrieval_alpha", "good"):
             require(0 <= getattr(self, name) <= 1, f"memory.{name}", "in [0, 1]", getattr(self, name))
         require(len(self.models) in (0, 3), "memory.models", "the names of three models, or empty", self.models)
