@@ -82,11 +82,9 @@ def test_one_and_one_step_are_two_bit_for_bit(tmp_path, agents, rewarded):
     for name in AGENTS:
         assert all(line[f"grad_norm_{name}"] > 0 for line in lines), name
     if agents == "models":
-        weights = [
-            AutoModelForCausalLM.from_pretrained(tmp_path / "whole/agents" / name).state_dict() for name in AGENTS
-        ]
-        start = AutoModelForCausalLM.from_pretrained(base()).state_dict()
-        assert not any(same(*pair) for pair in itertools.combinations([start, *weights], 2))
+        places = [base(), *(tmp_path / "whole/agents" / name for name in AGENTS)]
+        weights = [AutoModelForCausalLM.from_pretrained(place).state_dict() for place in places]
+        assert not any(same(*pair) for pair in itertools.combinations(weights, 2))
 
 
 def test_adapters_learn_apart_and_the_model_stays_as_it_is(rewarded):

@@ -196,7 +196,7 @@ class CoMAM:
         agents: dict[int, list[str]] = defaultdict(list)
         for agent, group in members:
             agents[group].append(agent)
-        weights = {}
+        weights: dict[tuple[str, int], float] = {}
         for group, names in agents.items():
             values = [consistencies[name, group] if self.weights == "adaptive" else 0.0 for name in names]
             weights |= {(name, group): w for name, w in zip(names, consistency_weights(values), strict=True)}

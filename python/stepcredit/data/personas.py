@@ -159,8 +159,8 @@ def _conversation(name: str, settings: PersonaSettings, rng: random.Random) -> t
     facts = []
     for topic in topics:
         *outdated, value = topic.values
-        about = tuple(messages[i].id for numbers in topic.messages for i in numbers)
-        facts.append(Fact(topic.name, value, tuple(outdated), about))
+        evidence = tuple(messages[i].id for numbers in topic.messages for i in numbers)
+        facts.append(Fact(topic.name, value, tuple(outdated), evidence))
     return Conversation(name, tuple(messages), tuple(facts)), topics
 
 

@@ -36,7 +36,7 @@ class MemoryConfig:
     agents: Literal["adapters", "models"] = "adapters"
     models: tuple[str, ...] = ()
     rank: int = 16
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     extraction_tokens: int = 256
     profile_tokens: int = 128
     judge: str = "facts"
