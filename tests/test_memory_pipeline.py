@@ -140,7 +140,7 @@ def search(memory, query, **options):
     turn = RETRIEVAL.parse_turn(f"<search>{query}</search>")
     tasks = [retrieval_task(QUESTION, entries, "") for entries in memory]
     n = len(tasks)
-    return environment.respond([turn] * n, [[]] * n, [0] * n, [False] * n, tasks)
+    return environment.respond([turn] * n, [[]] * n, [0] * n, [False] * n, questions=tasks)
 
 
 def test_every_rollout_searches_its_own_memory():
@@ -165,7 +165,7 @@ def test_a_memory_without_a_word_finds_nothing():
 def test_a_question_without_a_memory_is_refused():
     environment = MemoryEnvironment(RETRIEVAL)
     with pytest.raises(ValueError, match="question 'x' is no task"):
-        environment.respond([RETRIEVAL.parse_turn("")], [[]], [0], [False], [Question("x", "?", ("a",))])
+        environment.respond([RETRIEVAL.parse_turn("")], [[]], [0], [False], questions=[Question("x", "?", ("a",))])
 
 
 # The pipeline

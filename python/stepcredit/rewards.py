@@ -94,6 +94,13 @@ def any_gold_hit(rollout: Rollout) -> float | None:
     return float(not supporting.isdisjoint(_shown(rollout)))
 
 
+def right_region(rollout: Rollout) -> float:
+    """1.0 if the region that was named and the one that is meant overlap by an IoU of at least one half (the usual
+    precision at 0.5 of referring segmentation), else 0.0. The regions of a scene share no pixel, so that half of the
+    union is hardly ever half of another one's too."""
+    return float(rollout.rewards.get("iou", 0.0) >= 0.5)
+
+
 def coverage(found: Collection[str], evidence: Collection[str], alpha: float) -> float:
     """How well what was found covers the evidence, in [0, 1]: `alpha * recall + (1 - alpha) * Jaccard index`.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from stepcredit._names import nearest
 from stepcredit.credit.base import Credit, CreditMethod
+from stepcredit.credit.clarify import Clarify
 from stepcredit.credit.comam import CoMAM
 from stepcredit.credit.distillation import Distillation
 from stepcredit.credit.gigpo import GiGPO
@@ -29,6 +30,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "gigpo": GiGPO,
     "tips": TIPS,
     "step_search": StepSearch,
+    "clarify": Clarify,
     "comam": CoMAM,
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "METHODS",
     "TIPS",
     "CoMAM",
+    "Clarify",
     "Credit",
     "CreditMethod",
     "Distillation",

@@ -14,7 +14,7 @@ from stepcredit._validate import at_least, choices, require
 from stepcredit.branches.policy_tokens import score_top_tokens
 from stepcredit.credit.base import Credit, mean
 from stepcredit.credit.distillation import Distillation, Divergence
-from stepcredit.credit.hindsight import BlockKind, Labels, attempt_of, hindsight_texts, with_block
+from stepcredit.credit.hindsight import BlockKind, Labels, attempt_of, hindsight_texts, with_blocks
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops.topk_search import MAX_K
 from stepcredit.rollout import RolloutBatch, SpanKind
@@ -112,12 +112,7 @@ class SDSearch:
         texts = hindsight_texts(
             batch.rollouts, groups, attempts, block=self.block, labels=self.labels, seed=self.seed, step=step
         )
-        tokens = {text: policy.encode(text) for text in set(texts)}
-        blocks = [tokens[text] for text in texts]
-        taught = RolloutBatch.pack(
-            [with_block(rollout, block) for rollout, block in zip(batch.rollouts, blocks, strict=True)],
-            batch.tokens.device,
-        )
+        taught, blocks = with_blocks(batch, texts, policy)
         limit = policy.max_context or math.inf
         chosen: list[int] = []
         without_block = too_long = 0

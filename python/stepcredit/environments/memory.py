@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepcredit._validate import one_length
 from stepcredit.data.conversations import Conversation, MemoryQuestion
 from stepcredit.environments.search import Response, SearchEnvironment
 from stepcredit.protocol import Piece, Protocol, Turn, escape_tags, tag_patterns
@@ -213,6 +214,7 @@ class MemoryEnvironment(SearchEnvironment):
         questions: Sequence[Question] = (),
     ) -> list[Response]:
         """As in `SearchEnvironment`; `questions` are the tasks whose memories are searched."""
+        one_length(turns=turns, searches=searches, faults=faults, forced=forced, questions=questions)
         responses = []
         for turn, searched, fault, opened, task in zip(turns, searches, faults, forced, questions, strict=True):
             if not isinstance(task, AgentTask):

@@ -90,7 +90,7 @@ def train_step(
     """One GRPO step; returns its metrics. `verify`: the credit is audited where its method can be."""
     torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
     clock = Clock()
-    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.retriever.seconds
+    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.seconds_retrieval
     questions = questions_of_step(parts.dataset.train, config.questions_per_step, config.seed, step)
 
     with clock("rollout"), parts.reporter.task("  rollouts", len(questions) * config.group_size) as advance:
@@ -144,7 +144,7 @@ def train_step(
         "tokens_forwarded": sum(tokens.values()),
         **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
         "ig_seconds_share": credit.metrics.get("ig/seconds", 0.0) / clock.total,
-        "seconds_retrieval": parts.retriever.seconds - waited_before,
+        "seconds_retrieval": parts.seconds_retrieval - waited_before,
         "seconds": clock.total,
     }
 
@@ -246,6 +246,8 @@ def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping
     ):
         for end, results in ends.items():
             summary[f"{name}_{end}"] = results.get(mode, {}).get(key)
+    if "clarify/iou" in after.get("greedy", {}):
+        summary |= {f"iou_{end}": results.get("greedy", {}).get("clarify/iou") for end, results in ends.items()}
     return {
         **summary,
         "seconds": round(state.seconds, 1),
@@ -257,16 +259,18 @@ def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
-    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ..."."""
+    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ...";
+    of scenes the IoU in place of the passages."""
 
     def change(name: str, show: str) -> str:
         ends = [summary[f"{name}_before"], summary[f"{name}_after"]]
         return " -> ".join("-" if value is None else show.format(100 * value, value) for value in ends)
 
-    hits = change("hit", "{1:.2f}").replace("0.", ".")
+    found, name = ("IoU", "iou") if "iou_after" in summary else ("gold passages", "hit")
+    hits = change(name, "{1:.2f}").replace("0.", ".")
     return (
         f"held-out EM {change('em', '{0:.1f}')} (sampled {change('em_sampled', '{0:.1f}')}), "
-        f"gold passages {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
+        f"{found} {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
     )
 
 

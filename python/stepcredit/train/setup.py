@@ -15,7 +15,8 @@ from stepcredit._validate import require
 from stepcredit.credit import CoMAM
 from stepcredit.credit.base import taught_by_reference
 from stepcredit.data import Dataset
-from stepcredit.environments.search import SearchEnvironment
+from stepcredit.data.referring import ReferringDataset, build_scenes
+from stepcredit.environments import ClarifyEnvironment, Environment, SearchEnvironment
 from stepcredit.protocol import Protocol
 from stepcredit.retrieval import Hits, Retriever
 from stepcredit.retrieval.store import PassageStore
@@ -44,18 +45,24 @@ class TimedRetriever:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a run: built once, used by every phase; `seconds` is what building them took."""
+    """The parts of a run: built once, used by every phase; `seconds` is what building them took. There is a retriever
+    where there are passages."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
-    retriever: TimedRetriever
-    environment: SearchEnvironment
+    retriever: TimedRetriever | None
+    environment: Environment
     engine: HFEngine
     optimizer: MasterAdamW
     scorer: PolicyScorer
     reporter: Reporter
     seconds: float
+
+    @property
+    def seconds_retrieval(self) -> float:
+        """How long was waited for the retriever so far."""
+        return self.retriever.seconds if self.retriever is not None else 0.0
 
 
 def build(config: TrainConfig, reporter: Reporter) -> Parts:
@@ -77,17 +84,28 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     model, tokenizer = load_policy(
         config.model.name, device=device, dtype=dtype, texts=_texts(dataset, protocol), seed=config.seed
     )
-    retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
-    environment = SearchEnvironment(
-        retriever,
-        protocol,
-        top_k=config.environment.top_k,
-        max_searches=config.environment.max_searches,
-        passage_words=config.environment.passage_words,
-        force_answer=config.environment.force_answer,
-        max_invalid=config.environment.max_invalid,
-        skip_shown=config.environment.skip_shown,
-    )
+    retriever: TimedRetriever | None = None
+    environment: Environment
+    if isinstance(dataset, ReferringDataset):
+        environment = ClarifyEnvironment(
+            dataset.referrals,
+            protocol,
+            max_questions=config.environment.max_searches,
+            force_answer=config.environment.force_answer,
+            max_invalid=config.environment.max_invalid,
+        )
+    else:
+        retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
+        environment = SearchEnvironment(
+            retriever,
+            protocol,
+            top_k=config.environment.top_k,
+            max_searches=config.environment.max_searches,
+            passage_words=config.environment.passage_words,
+            force_answer=config.environment.force_answer,
+            max_invalid=config.environment.max_invalid,
+            skip_shown=config.environment.skip_shown,
+        )
     engine = HFEngine(
         model,
         tokenizer,
@@ -120,6 +138,8 @@ def load_data(config: DataConfig) -> Dataset:
         from stepcredit.data.atlas import build_atlas
 
         return build_atlas(config.seed)
+    if config.questions == "scenes":
+        return build_scenes(config.seed)
     from stepcredit.data.jsonl import load_jsonl
 
     _check_retriever(config)
@@ -189,6 +209,9 @@ def _texts(dataset: Dataset, protocol: Protocol) -> Iterator[str]:
     """What the policy reads and writes, for training a tokenizer; frequent tags become tokens of their own. Read only
     if there is one to train: the passages may be millions, on disk."""
     tags = ("search", "answer", "information", "documents", *filter(None, [protocol.merge_tag]))
+    if protocol.inquiry == "ask":
+        tags = ("ask", "answer", "reply")
+        yield from (f"<ask> {asks} </ask>" for q in dataset.train for asks in q.plan)
     yield from (f"Question: {q.text}\n" for q in dataset.train)
     yield from (f"{p.title}: {p.text}" for p in dataset.passages)
     yield from [f"<{tag}> </{tag}>" for tag in tags] * 500
