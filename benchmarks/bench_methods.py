@@ -35,6 +35,7 @@ from benchmarks.shapes import SHAPES
 from stepcredit.credit import (
     IGPO,
     TIPS,
+    CoMAM,
     Credit,
     CreditMethod,
     GiGPO,
@@ -63,6 +64,7 @@ METHODS: dict[str, CreditMethod] = {
     "tips": TIPS(),
     "step_search": StepSearch(),
     "mr_search": MRSearch(),
+    "comam": CoMAM(),
 }
 #: What the papers say a method adds to a training step's time.
 PAPERS = {"ig_search": 0.064, "sd_search": 0.155}

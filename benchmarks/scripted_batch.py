@@ -66,6 +66,8 @@ class Script:
         ]
         self.rollouts = [self.write(g, b) for g in range(groups) for b in range(rollouts)]
         assign_rewards(self.rollouts, RewardWeights(f1=1.0, multi_query=1.0, merge=1.0), scorer.tokenizer)
+        for rollout in self.rollouts:  # of the single agent that `comam` credits
+            rollout.rewards["local"] = rollout.rewards["gold_hit"]
         self.written = self.turn(0, 0, 0), [*self.ids("answer", 6), *encode(self.tokenizer, "</answer>")]
 
     def ids(self, seed: object, tokens: int) -> list[int]:

@@ -112,9 +112,14 @@ class Protocol:
         return {tag: kind for tag, kind in tags.items() if tag is not None}
 
     @property
+    def answer_tag(self) -> str:
+        """The tag around what ends a rollout."""
+        return "answer"
+
+    @property
     def answer_opener(self) -> str:
         """What the environment writes to force an answer; the next turn is then answer text."""
-        return "<answer>"
+        return f"<{self.answer_tag}>"
 
     @property
     def invalid_notice(self) -> str:
@@ -153,6 +158,10 @@ class Protocol:
             "that, then answer again, and better.\n"
         )
 
+    def shown_question(self, question: Question) -> str:
+        """What the prompt shows of a question."""
+        return f"Question: {question.text.strip()}\n"
+
     def prompt(self, question: Question, tokenizer: PreTrainedTokenizerBase, style: PromptStyle = "plain") -> list[int]:
         """Token ids of the prompt.
 
@@ -167,7 +176,7 @@ class Protocol:
                 the text of a special token (a template is encoded as one text, so that it would become that token;
                 "plain" keeps it text). The message names the question and the token.
         """
-        text = f"Question: {question.text.strip()}\n"
+        text = self.shown_question(question)
         if style == "chat":
             if tokenizer.chat_template is None:
                 raise ValueError("style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
@@ -286,7 +295,8 @@ class Protocol:
 _CLOSERS = {name: re.compile(rf"<\s*/\s*(?:{name}|answer)\s*>") for name in ("search", "ask")}
 _ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
 _ANY_TAG = re.compile(
-    r"<\s*(?:/\s*)?(?:think|search|ask|answer|refine|merge|information|documents|reply)\s*>", re.IGNORECASE
+    r"<\s*(?:/\s*)?(?:think|search|ask|answer|refine|merge|information|documents|reply|memory|profile)\s*>",
+    re.IGNORECASE,
 )
 _INSIDE = {"search": SpanKind.QUERY, "ask": SpanKind.ASK, "answer": SpanKind.ANSWER}
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from stepcredit.rollout import Rollout, SpanKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from stepcredit.data.conversations import Fact
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -97,6 +99,67 @@ def right_region(rollout: Rollout) -> float:
     precision at 0.5 of referring segmentation), else 0.0. The regions of a scene share no pixel, so that half of the
     union is hardly ever half of another one's too."""
     return float(rollout.rewards.get("iou", 0.0) >= 0.5)
+
+
+def coverage(found: Collection[str], evidence: Collection[str], alpha: float) -> float:
+    """How well what was found covers the evidence, in [0, 1]: `alpha * recall + (1 - alpha) * Jaccard index`.
+
+    Recall is `|found & evidence| / |evidence|`; the Jaccard index, `|found & evidence| / |found | evidence|`, also pays
+    for leaving out the rest.
+
+    Args:
+        found, evidence: ids; repeated ones count once.
+        alpha: weight of the recall, in [0, 1].
+
+    Raises:
+        ValueError: `evidence` is empty, so that nothing could be covered, or `alpha` is out of range.
+
+    Source: CoMAM (arXiv 2603.12631).
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    wanted, got = set(evidence), set(found)
+    if not wanted:
+        raise ValueError("evidence is empty: there is nothing to cover")
+    common = len(wanted & got)
+    return alpha * common / len(wanted) + (1 - alpha) * common / len(wanted | got)
+
+
+def states(text: str, value: str) -> bool:
+    """Whether the normalised value stands in the normalised text as whole words: "tea" does not in "steam"."""
+    wanted = normalize_answer(value)
+    return bool(wanted) and f" {wanted} " in f" {normalize_answer(text)} "
+
+
+def facts_stated(text: str, facts: Sequence[Fact]) -> float:
+    """Share of the facts that a text states, in [0, 1]: it names the fact's value (`states`) and none of the values
+    that the fact had before. 0.0 without facts. Ours: it reads no sentence, so that "tea, no longer coffee" counts as
+    a contradiction."""
+    if not facts:
+        return 0.0
+    stated = [states(text, f.value) and not any(states(text, old) for old in f.outdated) for f in facts]
+    return sum(stated) / len(facts)
+
+
+# A letter that is marked as one, and what follows it.
+_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[).:])(.*)", re.DOTALL)
+
+
+def chosen_option(answer: str | None, options: Sequence[str]) -> int | None:
+    """Which option an answer chooses: by its text, by its letter ("b", "(b)", "B."), or by both where they agree; None
+    where it chooses none. Options are lettered from (a)."""
+    text = (answer or "").strip()
+    named = {normalize_answer(option): i for i, option in enumerate(options)}.get(normalize_answer(text))
+    if marked := _LETTER.fullmatch(text):
+        letter, rest = marked[1] or marked[2], marked[3].strip()
+    elif named is not None or len(text) != 1:
+        return named
+    else:
+        letter, rest = text, ""
+    number = ord(letter.lower()) - ord("a")
+    if not 0 <= number < len(options) or (rest and normalize_answer(rest) != normalize_answer(options[number])):
+        return None
+    return number
 
 
 def _shown(rollout: Rollout) -> set[str]:

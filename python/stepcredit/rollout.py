@@ -155,6 +155,7 @@ class Rollout:
         rewards: reward parts by name; filled after the rollout, but for those that its environment measures.
         counts: what went wrong and how often, e.g. {"invalid_turns": 1, "forged_tags": 2}.
         episodes: its episodes in order, the last one up to its end; [] for a rollout that is a single one.
+        agent: which agent of a pipeline wrote it; "" where there is one policy.
     """
 
     question: Question
@@ -169,6 +170,7 @@ class Rollout:
     rewards: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     episodes: list[Episode] = field(default_factory=list)
+    agent: str = ""
 
     def __post_init__(self) -> None:
         self.validate()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from stepcredit._names import nearest
 from stepcredit.credit.base import Credit, CreditMethod
 from stepcredit.credit.clarify import Clarify
+from stepcredit.credit.comam import CoMAM
 from stepcredit.credit.distillation import Distillation
 from stepcredit.credit.gigpo import GiGPO
 from stepcredit.credit.ig_search import IGSearch
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "step_search": StepSearch,
     "clarify": Clarify,
     "mr_search": MRSearch,
+    "comam": CoMAM,
 }
 
 
@@ -46,6 +48,7 @@ __all__ = [
     "IGPO",
     "METHODS",
     "TIPS",
+    "CoMAM",
     "Clarify",
     "Credit",
     "CreditMethod",

@@ -64,7 +64,7 @@ class Demonstration:
         quality: the field of `DemonstrationMix` it was drawn under.
         queries: what it searches for, or asks a user, in order; () for a guess. Where a search holds several queries,
             one a line.
-        answer: what it answers: the first gold answer, whether or not the searches found it.
+        answer: what it answers: as a rule the first gold answer, whether or not the searches found it.
         merges: what it merges after each search; () when it merges nothing.
         later: its scripts for the episodes after the first, where the environment asks for several.
     """
@@ -86,7 +86,7 @@ def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonst
         "question": (question.text,),
         "one_hop": plan[:1],
         "repeat": plan[:1] * 2,
-        "fragments": (_fragment(question.text, rng), _fragment(question.text, rng)),
+        "fragments": (fragment(question.text, rng), fragment(question.text, rng)),
         "guess": (),
         "idle": (),
     }
@@ -120,7 +120,7 @@ def in_parallel(
         queries, merges = script.queries, script.merges
         if rng.random() < several:
             text = script.question.text
-            queries = tuple("\n".join((query, text, _fragment(text, rng))) for query in queries)
+            queries = tuple("\n".join((query, text, fragment(text, rng))) for query in queries)
         if rng.random() < merged:
             merges = tuple(_merge(script, step) for step in range(len(queries)))
         result.append(replace(script, queries=queries, merges=merges))
@@ -134,7 +134,7 @@ def _merge(script: Demonstration, step: int) -> str:
     return f"{hop}: {onward[0] if onward else script.answer}"
 
 
-def _fragment(text: str, rng: random.Random) -> str:
+def fragment(text: str, rng: random.Random) -> str:
     """Two to four neighbouring words of the text, without the question mark; all of a shorter one."""
     words = text.rstrip("? ").split()
     count = min(rng.randint(2, 4), len(words))

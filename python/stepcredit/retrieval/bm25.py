@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from stepcredit.retrieval import Hits, Passage, check_corpus, check_search, collect_hits
 
 
+class NoIndexableWord(ValueError):
+    """A corpus of nothing but stop words, single letters and punctuation."""
+
+
 class BM25Retriever:
     """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over the titles and texts of a corpus.
 
@@ -28,7 +32,8 @@ class BM25Retriever:
 
     Raises:
         ImportError: `bm25s` is not installed.
-        ValueError: empty corpus, repeated id, no indexable word, or a language without stop words or stemmer.
+        NoIndexableWord: a ValueError, of a corpus in which no passage has an indexable word.
+        ValueError: empty corpus, repeated id, or a language without stop words or stemmer.
 
     Source: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond"; Lu 2024,
     "BM25S: Orders of magnitude faster lexical search via eager sparse scoring".
@@ -43,7 +48,9 @@ class BM25Retriever:
             show_progress=False,
         )
         if not words.vocab:
-            raise ValueError(f"passages: none of the {len(self.passages)} passages holds a word that BM25 can index")
+            raise NoIndexableWord(
+                f"passages: none of the {len(self.passages)} passages holds a word that BM25 can index"
+            )
         self._index = require_bm25s().BM25(method="lucene", k1=1.5, b=0.75)
         self._index.index(words, show_progress=False)
 

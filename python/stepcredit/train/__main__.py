@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from stepcredit.credit import METHODS
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.loop import train
+from stepcredit.train.memory import train_memory
+from stepcredit.train.memory_setup import build_memory
 from stepcredit.train.overrides import apply_overrides, as_text, describe_type, field_docs, flatten, from_json
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import RECIPES, get_recipe
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         config, directory = _configure(arguments)
-        parts = build(config, reporter)
+        pipeline = bool(config.memory.conversations)
+        parts: Any = build_memory(config, reporter) if pipeline else build(config, reporter)
         directory.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporter.line(f"{config.recipe}: writing to {directory}")
     if parts.dataset.attribution:
         reporter.line(parts.dataset.attribution)
-    train(config, parts, directory, resume=arguments.resume is not None)
+    run: Callable[..., Any] = train_memory if pipeline else train
+    run(config, parts, directory, resume=arguments.resume is not None)
     return 0
 
 

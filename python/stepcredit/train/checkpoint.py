@@ -1,6 +1,7 @@
 """Checkpoints in safetensors: everything a run needs to go on bit for bit.
 
-A checkpoint is a directory with `optimizer.safetensors` (float32 masters and Adam moments), `reference.safetensors`
+A checkpoint is a directory with `optimizer.safetensors` (float32 masters and Adam moments), or of several agents
+`optimizer.<agent>.safetensors`, with `reference.safetensors`
 (only where the run keeps a reference policy) and `state.json` (steps done, and what the loop carries along).
 The randomness of a step is a function of the run's seed and the step's number, so no generator state is kept.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,18 @@ class State:
 
 
 def save_checkpoint(
-    directory: Path, optimizer: MasterAdamW, state: State, reference: PreTrainedModel | None = None
+    directory: Path,
+    optimizer: MasterAdamW | Mapping[str, MasterAdamW],
+    state: State,
+    reference: PreTrainedModel | None = None,
 ) -> None:
-    """Write a checkpoint, replacing an older one only when the new one is complete."""
+    """Write a checkpoint, replacing an older one only when the new one is complete. `optimizer` is the policy's, or
+    those of several agents by name."""
     scratch = directory.with_name(directory.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in optimizer.state().items()}, scratch / "optimizer.safetensors")
+    for file, of_one in _files(optimizer).items():
+        save_file({k: v.contiguous() for k, v in of_one.state().items()}, scratch / file)
     if reference is not None:
         save_file(dict(_named(reference)), scratch / "reference.safetensors")
     values = {name: getattr(state, name) for name in State.__slots__}
@@ -59,22 +66,36 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(directory: Path, optimizer: MasterAdamW, reference: PreTrainedModel | None = None) -> State:
-    """Load a checkpoint into the optimizer (and through it the model) and the reference policy.
+def load_checkpoint(
+    directory: Path, optimizer: MasterAdamW | Mapping[str, MasterAdamW], reference: PreTrainedModel | None = None
+) -> State:
+    """Load a checkpoint into the optimizer, or those of several agents (and through them the models), and the reference
+    policy.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
-        ValueError: it belongs to another model.
+        ValueError: it belongs to another model, or to other agents.
     """
     if not (directory / "state.json").is_file():
         raise FileNotFoundError(f"{directory} holds no checkpoint (state.json); runs write one with checkpoint_every=N")
-    optimizer.load_state(load_file(directory / "optimizer.safetensors"))
+    files = _files(optimizer)
+    if missing := [file for file in files if not (directory / file).is_file()]:
+        raise ValueError(f"{directory} is the checkpoint of a run with other agents: it has no {missing[0]}")
+    for file, of_one in files.items():
+        of_one.load_state(load_file(directory / file))
     if reference is not None:
         weights = load_file(directory / "reference.safetensors")
         for name, parameter in _named(reference):
             parameter.data.copy_(weights[name])
     values: dict[str, Any] = json.loads((directory / "state.json").read_text())
     return State(**values)
+
+
+def _files(optimizer: MasterAdamW | Mapping[str, MasterAdamW]) -> dict[str, MasterAdamW]:
+    """Each optimizer by its file."""
+    if isinstance(optimizer, MasterAdamW):
+        return {"optimizer.safetensors": optimizer}
+    return {f"optimizer.{agent}.safetensors": of_one for agent, of_one in optimizer.items()}
 
 
 def _named(model: PreTrainedModel) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from stepcredit.credit import CreditMethod, IGSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.train.engine import Sampling
+from stepcredit.train.memory_config import MemoryConfig
 from stepcredit.train.rewards import RewardWeights
 
 
@@ -302,6 +303,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rewards: RewardWeights = field(default_factory=RewardWeights)

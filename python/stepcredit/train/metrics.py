@@ -21,7 +21,7 @@ GLOSSARY: dict[str, str] = {
     "data_passages": "passages of the corpus",
     "data_train, data_dev, data_test": "questions of each split",
     "data_without_plan": "training questions without a plan, which a warm start that needs plans leaves out",
-    "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test",
+    "data_<name>": "what the loader left out or changed: other_dataset, dev_moved_to_test; or counted: conversations",
     "step": "step of that phase, from 1; for an evaluation the GRPO steps done",
     "when": 'of an evaluation: "before" or "after" the GRPO steps',
     "greedy_<name>, sampled_<name>": "of an evaluation: <name>, below, over greedy or sampled rollouts",
@@ -45,7 +45,10 @@ GLOSSARY: dict[str, str] = {
     "(passages that lost words), skipped_passages (left out as the rollout had been shown them), repeated_queries and "
     "dropped_queries (of a search's several, the same again and beyond the limit), duplicate_passages (found by "
     "several of them); in scenes empty_questions, excess_questions, unclear_questions, refused_questions and "
-    "foreign_questions (not understood, for the region itself, about nothing in the scene), unreadable_answers",
+    "foreign_questions (not understood, for the region itself, about nothing in the scene), unreadable_answers; of a "
+    "memory pipeline malformed_entries, unknown_messages and repeated_messages (lines of the extraction agent that are "
+    "no entry, name no message or one again), dropped_entries and dropped_lines (left out of a prompt that would not "
+    "fit)",
     "policy_tokens": "tokens the policy wrote, per rollout",
     "length": "tokens per rollout, prompt and environment included",
     "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",
@@ -120,6 +123,15 @@ GLOSSARY: dict[str, str] = {
     "clarify/weight, clarify/clipped": "mean weight of an advantage, and share of the tokens whose ratio is clipped",
     "clarify/too_long": "rollouts that the teacher did not weigh: they do not fit the context with what it is told",
     "clarify/tokens_teacher, clarify/seconds": "tokens run through teacher and policy for it, and seconds of that",
+    "comam/reward_<agent>": "comam: mean local reward of an agent",
+    "comam/ndcg_<agent>": "mean NDCG of ranking an input's trajectories by that reward against the pipeline's reward",
+    "comam/weight_<agent>": "mean weight of the pipeline's reward in the agent's; the agents' sum to 1",
+    "comam/advantage_<agent>": "mean absolute advantage of the agent's tokens",
+    "comam/all_wrong": "share of inputs of which no trajectory is right: there every NDCG is 1, and weights are equal",
+    "local_<agent>, finished_<agent>": "of a memory pipeline: mean local reward of an agent, and share of its rollouts "
+    "that closed their text",
+    "coverage, entries": "mean share of the evidence that the extraction agent kept, and messages it kept a trajectory",
+    "loss_<agent>, grad_norm_<agent>": "of a memory pipeline: those of one agent; without a name their means",
     "tokens_rollout, tokens_credit, tokens_update": "tokens_forwarded of a GRPO step by part",
     "tokens_forwarded": "real (not padding) tokens run forward through the model, without an audit's separate forwards",
     "seconds": "wall-clock seconds of this line's step",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stepcredit._names import nearest
-from stepcredit.credit import Clarify, IGSearch, MRSearch, MultiSearch
+from stepcredit.credit import Clarify, CoMAM, IGSearch, MRSearch, MultiSearch
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
     DataConfig,
@@ -18,6 +18,7 @@ from stepcredit.train.config import (
     TrainConfig,
     WarmStartConfig,
 )
+from stepcredit.train.memory_config import MemoryConfig
 from stepcredit.train.rewards import RewardWeights
 
 
@@ -116,6 +117,24 @@ def mr_search() -> TrainConfig:
     )
 
 
+def comam() -> TrainConfig:
+    """SmolLM2-135M as three LoRA agents that keep, sum up and search what people said, on synthetic conversations."""
+    return TrainConfig(
+        recipe="comam",
+        steps=10,
+        questions_per_step=4,
+        group_size=8,
+        data=DataConfig(questions=""),
+        memory=MemoryConfig(conversations="personas", extraction_tokens=96, profile_tokens=48),
+        environment=EnvironmentConfig(top_k=3, max_searches=1, passage_words=40),
+        sampling=SamplingConfig(max_turn_tokens=24, max_answer_tokens=16),
+        credit=CoMAM(),
+        optimizer=OptimizerConfig(learning_rate=2e-4),
+        warm_start=WarmStartConfig(steps=15, batch=8, learning_rate=1e-3),
+        evaluation=EvaluationConfig(questions=40),
+    )
+
+
 def tiny() -> TrainConfig:
     """A random small Llama on the atlas: seconds, no claim; for tests and for people who change code."""
     return TrainConfig(
@@ -135,7 +154,7 @@ def tiny() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, clarify, mr_search, tiny)
+    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, clarify, mr_search, comam, tiny)
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit._validate import require
+from stepcredit.credit import CoMAM
 from stepcredit.credit.base import taught_by_reference
 from stepcredit.data import Dataset
 from stepcredit.data.referring import ReferringDataset, build_scenes
@@ -71,6 +72,8 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
         ValueError, OSError, ImportError: something the user named is wrong or not there; the message says what.
     """
     started = time.perf_counter()
+    rule = "a method for one policy without memory.conversations (comam is for the agents of the recipe comam)"
+    require(not isinstance(config.credit, CoMAM), "credit", rule, "comam")
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     dataset = load_data(config.data)

@@ -105,12 +105,13 @@ class _Script:
     def play_turn(self, max_context: int) -> Turn | None:
         """The script's next turn; None when it does not fit the context, which ends the rollout."""
         queries, answer = self.current.queries, self.current.answer
+        tag = self.transcript.protocol.answer_tag
         merges = self.current.merges[self.searched - 1 : self.searched] if self.searched else ()
         merged = "".join(f"<merge> {merge} </merge>\n" for merge in merges)
         if self.forced:
-            text = f" {answer} </answer>"
+            text = f" {answer} </{tag}>"
         elif self.searched == len(queries):
-            text = f"{merged}<answer> {answer} </answer>"
+            text = f"{merged}<{tag}> {answer} </{tag}>"
         else:
             inquiry = self.transcript.protocol.inquiry
             text = f"{merged}<{inquiry}> {queries[self.searched]} </{inquiry}>"
