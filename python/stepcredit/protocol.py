@@ -136,6 +136,10 @@ class Protocol:
         """Reply to a search beyond the allowed number."""
         return "\nNo searches are left.\n"
 
+    def opening(self, question: Question) -> str:
+        """What the prompt says of a question: the whole of a plain one."""
+        return f"Question: {question.text.strip()}\n"
+
     def prompt(self, question: Question, tokenizer: PreTrainedTokenizerBase, style: PromptStyle = "plain") -> list[int]:
         """Token ids of the prompt.
 
@@ -150,7 +154,7 @@ class Protocol:
                 the text of a special token (a template is encoded as one text, so that it would become that token;
                 "plain" keeps it text). The message names the question and the token.
         """
-        text = f"Question: {question.text.strip()}\n"
+        text = self.opening(question)
         if style == "chat":
             if tokenizer.chat_template is None:
                 raise ValueError("style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
@@ -264,7 +268,9 @@ class Protocol:
 # in the length of the text, which strangers wrote.
 _CLOSER = re.compile(r"<\s*/\s*(?:search|answer)\s*>")
 _ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
-_ANY_TAG = re.compile(r"<\s*(?:/\s*)?(?:think|search|answer|refine|merge|information|documents)\s*>", re.IGNORECASE)
+_ANY_TAG = re.compile(
+    r"<\s*(?:/\s*)?(?:think|search|answer|question|refine|merge|information|documents)\s*>", re.IGNORECASE
+)
 
 
 def escape_tags(text: str) -> str:

@@ -11,6 +11,7 @@ from stepcredit.credit.gigpo import GiGPO
 from stepcredit.credit.ig_search import IGSearch
 from stepcredit.credit.igpo import IGPO
 from stepcredit.credit.multi_search import MultiSearch
+from stepcredit.credit.pi_play import PiPlay
 from stepcredit.credit.sd_search import SDSearch
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.credit.step_search import StepSearch
@@ -24,6 +25,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "ig_search_paper": IGSearch.paper,
     "ig_search_code": IGSearch.code,
     "sd_search": SDSearch,
+    "pi_play": PiPlay,
     "igpo": IGPO,
     "gigpo": GiGPO,
     "tips": TIPS,
@@ -48,6 +50,7 @@ __all__ = [
     "GiGPO",
     "IGSearch",
     "MultiSearch",
+    "PiPlay",
     "SDSearch",
     "SearchR1",
     "StepSearch",

@@ -64,6 +64,12 @@ def taught_by_reference(method: CreditMethod) -> bool:
     return getattr(method, "teacher", None) == "reference"
 
 
+def taught_by_average(method: CreditMethod) -> bool:
+    """Whether a method is to be called with `teacher=` an exponential moving average of the policy, which moves by its
+    field `tau`: its field `teacher` says so."""
+    return getattr(method, "teacher", None) == "average"
+
+
 def outcome_metrics(batch: RolloutBatch, outcome: torch.Tensor) -> dict[str, float]:
     """Metrics of the outcome advantages [T].
 

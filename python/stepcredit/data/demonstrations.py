@@ -59,6 +59,7 @@ class Demonstration:
         queries: what it searches for, in order; at least one. Where a search holds several queries, one a line.
         answer: what it answers: the first gold answer, whether or not the searches found it.
         merges: what it merges after each search; () when it merges nothing.
+        asks: of an examiner's script, the question that it writes before its answer.
     """
 
     question: Question
@@ -66,6 +67,7 @@ class Demonstration:
     queries: tuple[str, ...]
     answer: str
     merges: tuple[str, ...] = ()
+    asks: str = ""
 
 
 def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stepcredit._names import nearest
-from stepcredit.credit import IGSearch, MultiSearch
+from stepcredit.credit import IGSearch, MultiSearch, PiPlay
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
     DataConfig,
@@ -19,6 +19,7 @@ from stepcredit.train.config import (
     WarmStartConfig,
 )
 from stepcredit.train.rewards import RewardWeights
+from stepcredit.train.self_play_config import SelfPlayConfig
 
 
 def quickstart() -> TrainConfig:
@@ -85,6 +86,20 @@ def multi_search() -> TrainConfig:
     )
 
 
+def pi_play() -> TrainConfig:
+    """SmolLM2-135M on the atlas without a question: as an examiner it writes them from the passages, as a student it
+    answers them, taught by its average that knows how they were written; three iterations."""
+    return replace(
+        quickstart(),
+        recipe="pi_play",
+        steps=12,
+        sampling=SamplingConfig(max_turn_tokens=80, max_answer_tokens=24),
+        rewards=RewardWeights(f1=0.0, em=1.0),
+        credit=PiPlay(),
+        self_play=SelfPlayConfig(examiner_steps=1, student_steps=3),
+    )
+
+
 def tiny() -> TrainConfig:
     """A random small Llama on the atlas: seconds, no claim; for tests and for people who change code."""
     return TrainConfig(
@@ -104,7 +119,7 @@ def tiny() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, tiny)
+    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, pi_play, tiny)
 }
 
 

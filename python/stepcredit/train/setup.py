@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from stepcredit._validate import require
 from stepcredit.credit.base import taught_by_reference
 from stepcredit.data import Dataset
 from stepcredit.environments.search import SearchEnvironment
-from stepcredit.protocol import Protocol
 from stepcredit.retrieval import Hits, Retriever
 from stepcredit.retrieval.store import PassageStore
 from stepcredit.scorer import PolicyScorer
@@ -67,12 +66,14 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     dataset = load_data(config.data)
-    for split in ("train", config.evaluation.split):
+    if config.self_play.enabled:
+        dataset = replace(dataset, train=[])  # nothing may read them
+    for split in (*(() if config.self_play.enabled else ("train",)), config.evaluation.split):
         if not getattr(dataset, split):
             raise ValueError(f"data.questions={config.data.questions!r} has no {split} questions")
     protocol = config.environment.grammar
     model, tokenizer = load_policy(
-        config.model.name, device=device, dtype=dtype, texts=_texts(dataset, protocol), seed=config.seed
+        config.model.name, device=device, dtype=dtype, texts=_texts(dataset, config), seed=config.seed
     )
     retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
     environment = SearchEnvironment(
@@ -182,10 +183,11 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def _texts(dataset: Dataset, protocol: Protocol) -> Iterator[str]:
+def _texts(dataset: Dataset, config: TrainConfig) -> Iterator[str]:
     """What the policy reads and writes, for training a tokenizer; frequent tags become tokens of their own. Read only
     if there is one to train: the passages may be millions, on disk."""
-    tags = ("search", "answer", "information", "documents", *filter(None, [protocol.merge_tag]))
+    own = (config.environment.grammar.merge_tag, "question" if config.self_play.enabled else None)
+    tags = ("search", "answer", "information", "documents", *filter(None, own))
     yield from (f"Question: {q.text}\n" for q in dataset.train)
     yield from (f"{p.title}: {p.text}" for p in dataset.passages)
     yield from [f"<{tag}> </{tag}>" for tag in tags] * 500

@@ -91,12 +91,13 @@ class _Script:
     def play_turn(self, max_context: int) -> Turn | None:
         """The script's next turn; None when it does not fit the context, which ends the rollout."""
         queries, answer = self.demonstration.queries, self.demonstration.answer
+        asks = f" {self.demonstration.asks} </question>\n<answer>" if self.demonstration.asks else ""
         merges = self.demonstration.merges[self.searched - 1 : self.searched] if self.searched else ()
         merged = "".join(f"<merge> {merge} </merge>\n" for merge in merges)
         if self.forced:
-            text = f" {answer} </answer>"
+            text = f"{asks} {answer} </answer>"
         elif self.searched == len(queries):
-            text = f"{merged}<answer> {answer} </answer>"
+            text = f"{merged}{self.transcript.protocol.answer_opener}{asks} {answer} </answer>"
         else:
             text = f"{merged}<search> {queries[self.searched]} </search>"
             self.searched += 1

@@ -20,6 +20,7 @@ _PRIORITY = {
     SpanKind.ANSWER: 2,
     SpanKind.REFINE: 1,
     SpanKind.MERGE: 1,
+    SpanKind.ASK: 1,
     SpanKind.THINK: 0,
     SpanKind.TAG: -1,
 }
