@@ -156,10 +156,8 @@ def test_the_average_moves_after_student_steps_alone(roles):
 
 
 def test_the_student_is_asked_what_its_iteration_accepted(roles):
-    both, state = (
-        SelfPlay(pi_config("self_play.examiner_steps=2", "self_play.student_steps=4"), scripted_parts()),
-        State(),
-    )
+    config = pi_config("self_play.examiner_steps=2", "self_play.student_steps=4")
+    both, state = SelfPlay(config, scripted_parts()), State()
     asked, rollout = [], both.parts.engine.rollout
     both.parts.engine.rollout = lambda questions, *rest, **more: (
         asked.append(questions) or rollout(questions, *rest, **more)
