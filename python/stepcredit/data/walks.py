@@ -19,7 +19,7 @@ from stepcredit.rewards import normalize_answer
 from stepcredit.rollout import Question
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_FACT = re.compile(r"[A-Z][\w'’-]*(?: [A-Z][\w'’-]*)*|\+?\d[\d,.-]*\d|\d")
+_FACT = re.compile(r"(?<!\w)(?:[A-Z][\w'’-]*(?: [A-Z][\w'’-]*)*|\+?\d(?:[\d,.-]*\d)?)(?!\w)")
 _DRAWS = 8  # seed passages that may be drawn for each walk
 
 
