@@ -117,7 +117,7 @@ def test_the_code_of_the_documentation_is_what_runs(world):
             **{"prompt": rollout.tokens[:at], "response": rollout.tokens[at:], "by_policy": by_policy[at:]},
         }
         exec(code[1], names)
-        losses.append(float(names["loss"]))
+        losses.append(float(names["loss"].detach()))
         said = separate(batch, teacher, b)
         with torch.no_grad():
             own = policy.model(torch.tensor([rollout.tokens])).logits[0].log_softmax(-1)[:-1][by_policy[1:]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stepcredit.credit import SearchR1
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.rollout import Question
 from stepcredit.train import __main__ as command
@@ -194,7 +195,7 @@ def test_without_a_question_the_student_s_step_is_skipped_and_says_so(tmp_path, 
 
 
 def test_another_credit_needs_no_average(roles):
-    both, state = SelfPlay(pi_config("credit=search_r1"), scripted_parts()), State()
+    both, state = SelfPlay(dataclasses.replace(pi_config(), credit=SearchR1()), scripted_parts()), State()
     assert both.average is None
     both.step(state, 0, None)
     metrics = both.step(state, 1, None)
