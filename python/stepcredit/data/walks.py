@@ -97,7 +97,8 @@ def _walk(start: Passage, name: _Fact, found: Sequence[Passage], words: int | No
     fact = _draw(end, words, rng) if end is not None else None
     if end is None or fact is None:
         return None
-    text, plan = f"{fact.before}what{fact.after}?", (end.title,)
+    text = f"{fact.before}what{fact.after}?"
+    plan: tuple[str, ...] = (end.title,)
     if normalize_answer(end.title) == normalize_answer(name.answer) and rng.random() < 0.5:
         clue = f"{name.before}X{name.after}"
         asked = re.sub(re.escape(end.title), "X", text, flags=re.IGNORECASE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from stepcredit.scorer import PolicyScorer
@@ -42,17 +44,19 @@ class AveragePolicy:
     @torch.no_grad()
     def update(self) -> None:
         """`average += tau * (policy - average)`."""
-        masters = [self.optimizer.masters[name] for name in self.weights]
-        torch._foreach_lerp_(list(self.weights.values()), masters, self.tau)
+        for name, average in self.weights.items():
+            average.lerp_(self.optimizer.masters[name], self.tau)
         self._write_back()
 
     @torch.no_grad()
     def distance(self) -> float:
         """L2 norm of policy - average, over that of the policy."""
-        masters = [self.optimizer.masters[name] for name in self.weights]
-        apart = torch._foreach_sub(masters, list(self.weights.values()))
-        norm = torch.nn.utils.get_total_norm
-        return float(norm(apart) / norm(masters).clamp(min=torch.finfo(torch.float32).tiny))
+        apart = policy = 0.0
+        for name, average in self.weights.items():  # one at a time: all differences would be another model
+            master = self.optimizer.masters[name]
+            apart += float((master - average).square().sum())
+            policy += float(master.square().sum())
+        return math.sqrt(apart / policy) if policy else 0.0
 
     def state(self) -> dict[str, torch.Tensor]:
         """The averages by name; not copies."""
