@@ -85,6 +85,15 @@ def test_the_credit_method_is_chosen_by_name_and_keeps_its_fields_in_any_order()
             "data.questions=x.jsonl",
             r"data\.corpus must be a file or an index .* goes with 'x\.jsonl', got ''",
         ),
+        (
+            "environment.protocol=clarify",
+            r"one that searches with data\.questions=atlas, got 'clarify'",
+        ),
+        (
+            "data.questions=scenes",
+            r"environment\.protocol must be clarify with data.*=scenes, got 'search_r1'",
+        ),
+        ("rewards.iou=1", r"rewards\.iou must be 0 without data\.questions=scenes, got 1"),
         ("data.corpus=c.jsonl", r"data\.corpus must be empty with data\.questions=atlas, got 'c\.jsonl'"),
         ("loss.minibatches=49", r"loss\.minibatches must be at most the 48 rollouts of a step, got 49"),
         ("warm_start.mix.good=0.9", r"must sum to 1"),

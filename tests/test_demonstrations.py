@@ -72,6 +72,18 @@ def test_fragments_are_pieces_of_the_question_and_need_no_plan():
     assert DemonstrationMix().needs_plan
 
 
+def test_guesses_and_idle_questions():
+    """The answer at once, and questions to a user for what the plan does not ask for."""
+    scene = Question(id="s", text="Which one?", answers=("red circle",), plan=("What colour is it?",))
+    mix = DemonstrationMix(**ZERO, good=0.0, guess=0.5, idle=0.5)
+    assert not mix.needs_plan
+    scripts = demonstrations([scene] * 60, mix)
+    assert Counter(s.quality for s in scripts) == {"guess": 30, "idle": 30}
+    assert {s.queries for s in scripts} == {(), ("What shape is it?",), ("What size is it?",), ("Where is it?",)}
+    assert {s.answer for s in scripts} == {"red circle"}
+    assert all(not s.queries for s in scripts if s.quality == "guess")
+
+
 def test_bad_mixes_are_named():
     with pytest.raises(ValueError, match=r"must sum to 1, got 1\.1"):
         DemonstrationMix(good=0.5)

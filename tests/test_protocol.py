@@ -181,7 +181,7 @@ def test_chat_prompt():
     for protocol in PROTOCOLS.values():
         text = tokenizer.decode(protocol.prompt(question, tokenizer, "chat"))
         assert text == f"[user] {protocol.instruction}\nQuestion: Who?\n[assistant]"
-        for tag in ("think", "search", "answer", protocol.documents_tag):
+        for tag in ("think", protocol.inquiry, "answer", protocol.documents_tag):
             assert f"<{tag}>" in protocol.instruction
             assert f"</{tag}>" in protocol.instruction
     with pytest.raises(ValueError, match=r"question 'q' holds '<\|end\|>', a special token of the tokenizer"):
@@ -194,5 +194,5 @@ def test_names():
     assert get_protocol("refine") is REFINE
     with pytest.raises(ValueError, match=r"unknown protocol 'serch_r1'.*did you mean 'search_r1'"):
         get_protocol("serch_r1")
-    with pytest.raises(ValueError, match=r"unknown protocol 'zzz', known: search_r1, refine, multi_search$"):
+    with pytest.raises(ValueError, match=r"unknown protocol 'zzz', known: search_r1, refine, multi_search, clarify$"):
         get_protocol("zzz")

@@ -270,6 +270,12 @@ def test_the_recipe_runs_end_to_end_and_no_training_question_is_read(tmp_path, m
         command.main(["tiny", f"output_dir={tmp_path}/other"])
 
 
+def test_scenes_have_nothing_to_walk(capsys, tmp_path):
+    words = ["clarify", "model.name=tiny", "self_play.examiner_steps=1", f"output_dir={tmp_path}/run"]
+    assert command.main(words) == 2
+    assert "self_play.examiner_steps must be 0 where there are no passages to walk, got 1" in capsys.readouterr().err
+
+
 def test_the_configuration_round_trips_and_is_checked():
     config = pi_config("self_play.difficulty=medium")
     assert from_json(json.loads(json.dumps(to_json(config)))) == config

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from stepcredit.rewards import any_gold_hit, closed_answer, exact_match, f1, gold_hit
-from stepcredit.rollout import Rollout
+from stepcredit.rewards import any_gold_hit, closed_answer, exact_match, f1, gold_hit, right_region
+from stepcredit.rollout import Inquiry, Rollout
 
 
 def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -29,6 +29,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         without_supporting: rollouts left out of `hit` and `any_hit` because no supporting passage is known. When
             that is all of them, `hit` and `any_hit` are absent: there is nothing to report.
         count_<name>: sum of the rollouts' `counts[name]` ("count_forged_tags").
+        clarify/<name>: of rollouts in scenes, see `clarification`.
 
     Raises ValueError when there are no rollouts.
     """
@@ -51,6 +52,39 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for rollout in rollouts:
         for name, number in rollout.counts.items():
             result[f"count_{name}"] = result.get(f"count_{name}", 0.0) + number
+    return result | clarification(rollouts)
+
+
+def clarification(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over rollouts whose environment measured the region they name; nothing when there are none.
+
+    Keys:
+        clarify/iou: mean IoU of the region named and the one meant, 0 without an answer; clarify/iou_<kind>: the same
+            of the questions of one kind.
+        clarify/right: share whose IoU is at least one half; clarify/right_asked of those that asked a question,
+            clarify/right_guessed of those that asked none (each absent when there are none).
+        clarify/questions: questions per rollout that the user replied to.
+        clarify/bits: mean bits of a question (absent without questions), log2 of the candidates before over those
+            after; clarify/idle: share of the questions that told nothing.
+    """
+    rollouts = [r for r in rollouts if "iou" in r.rewards]
+    if not rollouts:
+        return {}
+    asked = [[s for s in r.searches if isinstance(s, Inquiry)] for r in rollouts]
+    bits = [inquiry.bits for inquiries in asked for inquiry in inquiries]
+    right = [right_region(r) for r in rollouts]
+    result = {
+        "clarify/iou": fmean(r.rewards["iou"] for r in rollouts),
+        "clarify/right": fmean(right),
+        "clarify/questions": len(bits) / len(rollouts),
+    }
+    for kind in sorted({r.question.kind for r in rollouts} - {""}):
+        result[f"clarify/iou_{kind}"] = fmean(r.rewards["iou"] for r in rollouts if r.question.kind == kind)
+    for name, has in (("right_asked", True), ("right_guessed", False)):
+        if chosen := [good for good, inquiries in zip(right, asked, strict=True) if bool(inquiries) is has]:
+            result[f"clarify/{name}"] = fmean(chosen)
+    if bits:
+        result |= {"clarify/bits": fmean(bits), "clarify/idle": fmean(b == 0 for b in bits)}
     return result
 
 

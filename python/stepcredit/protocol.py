@@ -1,12 +1,14 @@
 """Tag grammars: which tags a method speaks, how a turn is parsed, what the environment writes.
 
-Three grammars (the tags are the contract of Search-R1, arXiv 2503.09516, AutoRefine, arXiv 2505.11277, and MultiSearch,
-arXiv 2605.13534; the wording is ours):
+Four grammars (the tags are the contract of Search-R1, arXiv 2503.09516, AutoRefine, arXiv 2505.11277, and MultiSearch,
+arXiv 2605.13534; the wording, and the tags of the last, are ours):
 
 * `search_r1`: the policy writes `<think> <search> <answer>`, the environment `<information>`.
 * `refine`: the policy writes `<think> <search> <refine> <answer>`, the environment `<documents>`.
 * `multi_search`: the policy writes `<think> <search> <merge> <answer>`, the environment `<information>`. A search holds
   several queries, one a line or separated by `;` (ours; the paper leaves the delimiter open).
+* `clarify`: the policy writes `<think> <ask> <answer>`, the environment `<reply>`: who is asked is not a retriever but
+  the user.
 
 A *turn* is the policy's text since the environment last spoke. Only what the environment wrote is ever trusted as
 environment text: its tags typed by the policy stay policy text and are counted as forged.
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from stepcredit.retrieval import Passage
 
 PromptStyle = Literal["plain", "chat"]
-Action = Literal["search", "answer", "invalid"]
+Action = Literal["search", "ask", "answer", "invalid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,9 @@ class Turn:
     """One parsed turn.
 
     Attributes:
-        action: "search" or "answer" when the turn holds a well-formed one, else "invalid".
-        content: the query or the answer, stripped; "" for an invalid turn, and for an empty query or answer.
+        action: "search" ("ask" in a grammar that asks) or "answer" when the turn holds a well-formed one, else
+            "invalid".
+        content: the query, question or answer, stripped; "" for an invalid turn, and where that is empty.
         pieces: consecutive non-empty pieces that tile the turn's text.
         forged_tags: number of environment tags that the policy wrote.
         queries: of a search in a grammar with several queries a search, those to execute, in order, no two the same;
@@ -77,14 +80,15 @@ class Protocol:
     """A tag grammar.
 
     Attributes:
-        name: "search_r1", "refine" or "multi_search".
-        documents_tag: the tag in which the environment wraps passages.
+        name: "search_r1", "refine", "multi_search" or "clarify".
+        documents_tag: the tag in which the environment wraps passages, or a user's reply.
         refine_tag: the tag in which the policy restates the passages, None when the grammar has none.
         instruction: what the chat prompt says before the question.
         answer_probe: what precedes a gold answer when its log-prob is scored after a step.
         merge_tag: the tag in which the policy merges what the queries of a search found, None where a search is one
             query.
         max_queries: queries executed per search, where a search holds several (`several_queries`).
+        inquiry: the tag, and the action, by which the policy finds out: "search", or "ask".
     """
 
     name: str
@@ -94,6 +98,7 @@ class Protocol:
     answer_probe: str = "\n<answer>"
     merge_tag: str | None = None
     max_queries: int = 1
+    inquiry: Literal["search", "ask"] = "search"
 
     @property
     def several_queries(self) -> bool:
@@ -114,12 +119,12 @@ class Protocol:
     @property
     def invalid_notice(self) -> str:
         """Reply to a turn without a well-formed action."""
-        return "\nThat was not a valid action: write one search or one answer inside its tags.\n"
+        return f"\nThat was not a valid action: write one {self._noun} or one answer inside its tags.\n"
 
     @property
     def empty_query_notice(self) -> str:
-        """Reply to a search whose query is blank."""
-        return "\nThe search query was empty.\n"
+        """Reply to a search whose query is blank, or to a blank question."""
+        return f"\nThe {'question' if self.inquiry == 'ask' else 'search query'} was empty.\n"
 
     @property
     def failed_notice(self) -> str:
@@ -133,8 +138,12 @@ class Protocol:
 
     @property
     def exhausted_notice(self) -> str:
-        """Reply to a search beyond the allowed number."""
-        return "\nNo searches are left.\n"
+        """Reply to a search, or a question, beyond the allowed number."""
+        return f"\nNo {'questions' if self.inquiry == 'ask' else 'searches'} are left.\n"
+
+    @property
+    def _noun(self) -> str:
+        return "question" if self.inquiry == "ask" else "search"
 
     def opening(self, question: Question) -> str:
         """What the prompt says of a question: the whole of a plain one."""
@@ -174,10 +183,10 @@ class Protocol:
     def parse_turn(self, text: str, forced_answer: bool = False) -> Turn:
         """Parse the policy's text since the environment last spoke.
 
-        The first well-formed action wins: a closing `</search>` or `</answer>` whose nearest opener is of the same
-        name. What lies strictly between its tags is QUERY or ANSWER, tags are TAG, text inside `<refine>` or `<merge>`
-        (up to its closing tag, an action's opener, or the end) is REFINE or MERGE, and everything else is THINK. The
-        whitespace of an empty action is THINK.
+        The first well-formed action wins: a closing `</search>` (`</ask>`) or `</answer>` whose nearest opener is of
+        the same name. What lies strictly between its tags is QUERY (ASK) or ANSWER, tags are TAG, text inside
+        `<refine>` or `<merge>` (up to its closing tag, an action's opener, or the end) is REFINE or MERGE, and
+        everything else is THINK. The whitespace of an empty action is THINK.
 
         Several queries of one search are one QUERY piece, with what stands between them: a search is one step. The
         piece ends where the last query to execute does, so that what is dropped for being too much is THINK. A search
@@ -196,12 +205,12 @@ class Protocol:
         action: Action = "invalid"
         content, start, stop = "", -1, -1
         for tag in tags:
-            if tag[3] not in ("search", "answer"):
+            if tag[3] not in (self.inquiry, "answer"):
                 continue
             if not tag[2]:
                 opener = tag
             elif opener is not None and opener[3] == tag[3]:
-                action = "search" if tag[3] == "search" else "answer"
+                action = "answer" if tag[3] == "answer" else self.inquiry
                 start, stop = opener[1], tag[0]
                 content = text[start:stop].strip()
                 break
@@ -211,7 +220,7 @@ class Protocol:
         if action == "search" and self.several_queries:
             several = cut_queries(text, start, stop, self.max_queries)
             content = content if several.queries else ""
-        inside = SpanKind.THINK if not content else SpanKind.QUERY if action == "search" else SpanKind.ANSWER
+        inside = SpanKind.THINK if not content else _INSIDE.get(action, SpanKind.THINK)
 
         outside = SpanKind.ANSWER if forced_answer and action == "invalid" else SpanKind.THINK
         kind = outside
@@ -236,9 +245,9 @@ class Protocol:
         return Turn(action, content, tuple(pieces), forged, several.queries, several.repeated, several.dropped)
 
     def closes(self, text: str, forced_answer: bool = False) -> bool:
-        """Whether the text holds a closing tag that ends a turn: `</search>` or `</answer>` (after a forced opener
-        only the latter)."""
-        return (_ANSWER_CLOSER if forced_answer else _CLOSER).search(text) is not None
+        """Whether the text holds a closing tag that ends a turn: `</search>` (`</ask>`) or `</answer>` (after a forced
+        opener only the latter)."""
+        return (_ANSWER_CLOSER if forced_answer else _CLOSERS[self.inquiry]).search(text) is not None
 
     def documents(self, passages: Sequence[Passage]) -> str:
         """The environment's reply to a search: one `Title: text` line per passage inside the documents tag.
@@ -248,6 +257,10 @@ class Protocol:
         """
         lines = "\n".join(f"{p.title}: {p.text}" for p in passages) or self.nothing_found
         return f"\n<{self.documents_tag}>\n{escape_tags(lines)}\n</{self.documents_tag}>\n"
+
+    def reply(self, text: str) -> str:
+        """The environment's reply to a question, on one line. What a user says is data: tags in it are escaped."""
+        return f"\n<{self.documents_tag}> {escape_tags(' '.join(text.split()))} </{self.documents_tag}>\n"
 
     def shows_documents(self, message: str) -> bool:
         """Whether a message of the environment shows passages, or that none were found; if not it is a notice."""
@@ -259,18 +272,19 @@ class Protocol:
 
     @property
     def tagged(self) -> bool:
-        """Whether queries and messages are text between tags and nothing else, so that they can be cut out of a
+        """Whether queries and passages are text between tags and nothing else, so that they can be cut out of a
         rollout, or found in a log of its text."""
-        return True
+        return self.inquiry == "search"
 
 
 # Whitespace inside a tag is tolerated: WordPiece decoders insert it. No two `\s*` can meet, so that a search is linear
 # in the length of the text, which strangers wrote.
-_CLOSER = re.compile(r"<\s*/\s*(?:search|answer)\s*>")
+_CLOSERS = {name: re.compile(rf"<\s*/\s*(?:{name}|answer)\s*>") for name in ("search", "ask")}
 _ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
 _ANY_TAG = re.compile(
-    r"<\s*(?:/\s*)?(?:think|search|answer|question|refine|merge|information|documents)\s*>", re.IGNORECASE
+    r"<\s*(?:/\s*)?(?:think|search|ask|answer|question|refine|merge|information|documents|reply)\s*>", re.IGNORECASE
 )
+_INSIDE = {"search": SpanKind.QUERY, "ask": SpanKind.ASK, "answer": SpanKind.ANSWER}
 
 
 def escape_tags(text: str) -> str:
@@ -282,7 +296,7 @@ def escape_tags(text: str) -> str:
 def tag_patterns(protocol: Protocol) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """What finds the environment's tags, and the policy's: of the latter group 1 is the slash of a closing tag, group 2
     the name."""
-    names = ["think", "search", "answer", *protocol.restating]
+    names = ["think", protocol.inquiry, "answer", *protocol.restating]
     return (
         re.compile(rf"<\s*(?:/\s*)?{re.escape(protocol.documents_tag)}\s*>"),
         re.compile(rf"<\s*(?:(/)\s*)?({'|'.join(map(re.escape, names))})\s*>"),
@@ -310,12 +324,21 @@ search keep the facts that matter, each once, between <merge> and </merge>, then
 answer, and only it, between <answer> and </answer>: a name, a date or a few words, for example \
 <answer> Lake Geneva </answer>."""
 
-#: The known grammars by name. A step of `search_r1` ends with the environment's newline, so its probe needs none.
+_CLARIFY = """\
+A user means one region of the scene below, and what is said of it may fit several. Reason between <think> and \
+</think> before you act. If you cannot tell which region is meant, do not guess: write <ask> your question </ask>, \
+about its colour, shape, size or place; the user's reply comes back between <reply> and </reply>. You may ask several \
+times. Once you know, describe that region, and only it, between <answer> and </answer>: its features, a box \
+[x1, y1, x2, y2] in pixels, or both, for example <answer> small red circle, top left </answer>."""
+
+#: The known grammars by name. A step of `search_r1` and of `clarify` ends with the environment's newline,
+#: so that its probe needs none.
 PROTOCOLS: dict[str, Protocol] = {
     "search_r1": Protocol("search_r1", "information", None, _SEARCH_R1, answer_probe="<answer>"),
     "refine": Protocol("refine", "documents", "refine", _REFINE),
     # The paper writes three queries a search; a limit it does not give, five is ours.
     "multi_search": Protocol("multi_search", "information", None, _MULTI_SEARCH, merge_tag="merge", max_queries=5),
+    "clarify": Protocol("clarify", "reply", None, _CLARIFY, answer_probe="<answer>", inquiry="ask"),
 }
 
 

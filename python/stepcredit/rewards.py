@@ -115,5 +115,12 @@ def difficulty_reward(right: int, attempts: int, form: Difficulty = "hard") -> f
     return (attempts - right) / (attempts - 1)
 
 
+def right_region(rollout: Rollout) -> float:
+    """1.0 if the region that was named and the one that is meant overlap by an IoU of at least one half (the usual
+    precision at 0.5 of referring segmentation), else 0.0. The regions of a scene share no pixel, so that half of the
+    union is hardly ever half of another one's too."""
+    return float(rollout.rewards.get("iou", 0.0) >= 0.5)
+
+
 def _shown(rollout: Rollout) -> set[str]:
     return {passage for search in rollout.searches for passage in search.passage_ids}

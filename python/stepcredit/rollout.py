@@ -104,6 +104,24 @@ class Search:
         return max(1, len(self.queries))
 
 
+@dataclass(frozen=True, slots=True)
+class Inquiry(Search):
+    """A question put to a user, in place of a search: `query` is the question.
+
+    Attributes:
+        before: regions that could be meant before the reply, at least 1.
+        remaining: those of them, by number, that still can after it; at least one.
+    """
+
+    before: int = 1
+    remaining: tuple[int, ...] = (0,)
+
+    @property
+    def bits(self) -> float:
+        """What the reply told of the region that is meant: log2 of the regions before over those after it."""
+        return math.log2(self.before / len(self.remaining))
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled trajectory.
@@ -117,8 +135,8 @@ class Rollout:
         group: index of the group of rollouts that share this question.
         finish: why it ended: "answered", "unclosed", "context" (documented with the engine).
         answer: text of the answer span, None when there is none.
-        searches: the executed searches, in order of `step`.
-        rewards: reward parts by name; filled after the rollout.
+        searches: the executed searches, in order of `step`; those of a user are each an `Inquiry`.
+        rewards: reward parts by name; filled after the rollout, but for those that its environment measures.
         counts: what went wrong and how often, e.g. {"invalid_turns": 1, "forged_tags": 2}.
     """
 

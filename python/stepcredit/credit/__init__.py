@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from stepcredit._names import nearest
 from stepcredit.credit.base import Credit, CreditMethod
+from stepcredit.credit.clarify import Clarify
 from stepcredit.credit.distillation import Distillation
 from stepcredit.credit.gigpo import GiGPO
 from stepcredit.credit.ig_search import IGSearch
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "gigpo": GiGPO,
     "tips": TIPS,
     "step_search": StepSearch,
+    "clarify": Clarify,
 }
 
 
@@ -44,6 +46,7 @@ __all__ = [
     "IGPO",
     "METHODS",
     "TIPS",
+    "Clarify",
     "Credit",
     "CreditMethod",
     "Distillation",

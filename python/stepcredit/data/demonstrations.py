@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import accumulate
 
+from stepcredit.data.referring import OPEN_QUESTIONS
 from stepcredit.rollout import Question
 
 
@@ -20,7 +21,8 @@ from stepcredit.rollout import Question
 class DemonstrationMix:
     """Shares of the demonstrations by quality; they must sum to 1.
 
-    "question" and "fragments" are cut from the question itself; the others need its plan.
+    "question" and "fragments" are cut from the question itself, "guess" and "idle" need nothing; the others need its
+    plan.
 
     Attributes:
         good: the question's plan, every query in order.
@@ -28,6 +30,8 @@ class DemonstrationMix:
         one_hop: the plan's first query only. A plan of one query has no later hop to leave out and stays good.
         repeat: the plan's first query twice.
         fragments: two searches, each for two to four neighbouring words of the question.
+        guess: no search at all: the answer at once.
+        idle: of scenes: one question to the user, about an attribute that the plan does not ask for.
     """
 
     good: float = 0.4
@@ -35,6 +39,8 @@ class DemonstrationMix:
     one_hop: float = 0.2
     repeat: float = 0.2
     fragments: float = 0.0
+    guess: float = 0.0
+    idle: float = 0.0
 
     def __post_init__(self) -> None:
         for share in fields(self):
@@ -56,7 +62,8 @@ class Demonstration:
     Attributes:
         question: what is asked.
         quality: the field of `DemonstrationMix` it was drawn under.
-        queries: what it searches for, in order; at least one. Where a search holds several queries, one a line.
+        queries: what it searches for, or asks a user, in order; () for a guess. Where a search holds several queries,
+            one a line.
         answer: what it answers: the first gold answer, whether or not the searches found it.
         merges: what it merges after each search; () when it merges nothing.
         asks: of an examiner's script, the question that it writes before its answer.
@@ -71,8 +78,8 @@ class Demonstration:
 
 
 def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:
-    """The script of one quality; `rng` draws the fragments. ValueError for an unknown quality, or one that needs a
-    plan where the question has none."""
+    """The script of one quality; `rng` draws fragments and idle questions. ValueError for an unknown quality, or one
+    that needs a plan where the question has none."""
     plan = question.plan
     scripts: dict[str, tuple[str, ...]] = {
         "good": plan,
@@ -80,10 +87,14 @@ def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonst
         "one_hop": plan[:1],
         "repeat": plan[:1] * 2,
         "fragments": (_fragment(question.text, rng), _fragment(question.text, rng)),
+        "guess": (),
+        "idle": (),
     }
+    if quality == "idle":
+        scripts["idle"] = (rng.choice([asks for asks in OPEN_QUESTIONS.values() if asks not in plan]),)
     if quality not in scripts:
         raise ValueError(f"quality is {quality!r}, expected one of {', '.join(scripts)}")
-    if not scripts[quality]:
+    if not scripts[quality] and quality != "guess":
         raise ValueError(f"question {question.id!r} has no plan, so it cannot be demonstrated as {quality!r}")
     return Demonstration(question=question, quality=quality, queries=scripts[quality], answer=question.answers[0])
 

@@ -47,7 +47,7 @@ be clear to somebody who sees none of the passages, and must not hold its answer
 class ExaminerProtocol(Protocol):
     """The examiner's grammar: a turn is a search, or a question with its answer.
 
-    The question's text is ASK, its answer ANSWER. When the searches are used up the environment opens the question.
+    The texts of both are ANSWER. When the searches are used up the environment opens the question.
     """
 
     name: str = field(default="examiner", init=False)
@@ -57,7 +57,7 @@ class ExaminerProtocol(Protocol):
 
     @property
     def restating(self) -> dict[str, SpanKind]:
-        return {"question": SpanKind.ASK}
+        return {"question": SpanKind.ANSWER}
 
     @property
     def answer_opener(self) -> str:

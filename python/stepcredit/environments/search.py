@@ -14,7 +14,9 @@ from stepcredit.retrieval import RetrievalError
 from stepcredit.rollout import Search, SpanKind
 
 if TYPE_CHECKING:
+    from stepcredit.environments.base import Limits
     from stepcredit.retrieval import Hits, Passage, Retriever
+    from stepcredit.rollout import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Response:
 
     Attributes:
         text: the message, "" when there is none.
-        kind: DOCUMENTS (passages, wrapper tags included) or NOTICE.
+        kind: DOCUMENTS (passages, wrapper tags included), REPLY (a user's, likewise) or NOTICE.
         search: the executed search, None when none was.
         forced_answer: an answer opener follows the message, and the next turn is answer text.
         done: the rollout ends here; nothing is appended.
@@ -32,6 +34,7 @@ class Response:
             "empty_answers", "excess_searches", "forced_answers", "cut_passages" (passages that lost words),
             "skipped_passages" (left out for having been shown before), and of searches with several queries
             "repeated_queries" and "dropped_queries" (see `Turn`), "duplicate_passages" (found by several queries).
+        rewards: parts of the reward that the environment measures itself, as they stand after this turn.
     """
 
     text: str = ""
@@ -41,6 +44,7 @@ class Response:
     done: bool = False
     fault: bool = False
     counts: dict[str, int] = field(default_factory=dict)
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 class SearchEnvironment:
@@ -95,6 +99,7 @@ class SearchEnvironment:
         searches: Sequence[Sequence[Search]],
         faults: Sequence[int],
         forced: Sequence[bool],
+        questions: Sequence[Question] = (),
     ) -> list[Response]:
         """Reply to one turn of each active rollout.
 
@@ -103,6 +108,7 @@ class SearchEnvironment:
             searches: N lists of the searches executed so far.
             faults: N numbers of faults so far.
             forced: N flags, whether this turn followed a forced answer opener.
+            questions: not looked at: what is found depends on the query alone.
 
         Returns:
             N responses, in order.
@@ -127,11 +133,11 @@ class SearchEnvironment:
             elif turn.action == "answer":
                 responses.append(Response(done=True, counts={} if turn.content else {"empty_answers": 1}))
             elif turn.action == "invalid":
-                responses.append(self._fault("invalid_turns", self.protocol.invalid_notice, faults[i], forced[i]))
+                responses.append(fault(self, "invalid_turns", self.protocol.invalid_notice, faults[i], forced[i]))
             elif not turn.content:
-                responses.append(self._fault("empty_queries", self.protocol.empty_query_notice, faults[i], forced[i]))
+                responses.append(fault(self, "empty_queries", self.protocol.empty_query_notice, faults[i], forced[i]))
             else:
-                responses.append(self._fault("excess_searches", self.protocol.exhausted_notice, faults[i], forced[i]))
+                responses.append(fault(self, "excess_searches", self.protocol.exhausted_notice, faults[i], forced[i]))
         return responses
 
     def _retrieve(
@@ -180,15 +186,6 @@ class SearchEnvironment:
         happened = {name: int(count) for name, count in counts.items() if count}
         return Response(text, kind, search, forced_answer=forced, counts=happened)
 
-    def _fault(self, name: str, notice: str, faults: int, forced: bool) -> Response:
-        if forced:
-            return Response(done=True, fault=True, counts={name: 1})
-        if faults < self.max_invalid:
-            return Response(notice, fault=True, counts={name: 1})
-        if self.force_answer:
-            return Response("\n", forced_answer=True, fault=True, counts={name: 1, "forced_answers": 1})
-        return Response(done=True, fault=True, counts={name: 1})
-
 
 def cut_passage(passage: Passage, words: int | None) -> tuple[Passage, bool]:
     """The passage with at most so many words of its title and of its text (None: all), and whether it lost any."""
@@ -197,6 +194,16 @@ def cut_passage(passage: Passage, words: int | None) -> tuple[Passage, bool]:
     title, text = passage.title.split(), passage.text.split()
     shown = replace(passage, title=" ".join(title[:words]), text=" ".join(text[:words]))
     return shown, max(len(title), len(text)) > words
+
+
+def fault(limits: Limits, name: str, notice: str, faults: int, forced: bool) -> Response:
+    """What an environment replies to a fault, counted under `name`, of a rollout that has had some: the notice, or when
+    it has had enough of them a forced answer or the end. One after a forced opener is the end."""
+    if not forced and faults < limits.max_invalid:
+        return Response(notice, fault=True, counts={name: 1})
+    if not forced and limits.force_answer:
+        return Response("\n", forced_answer=True, fault=True, counts={name: 1, "forced_answers": 1})
+    return Response(done=True, fault=True, counts={name: 1})
 
 
 def _in_turn(rows: list[list[Passage]]) -> list[Passage]:

@@ -42,11 +42,11 @@ class DataConfig:
     """Questions, passages, and how passages are found.
 
     Attributes:
-        questions: "atlas" (built at run time), a JSON Lines file of questions, or hub:OWNER/NAME.
+        questions: "atlas" or "scenes" (built at run time), a JSON Lines file of questions, or hub:OWNER/NAME.
         corpus: the passages that go with the questions: a JSON Lines file, hub:OWNER/NAME, or an index directory that
             `python -m stepcredit.retrieval build` wrote, which is searched as it is, without encoding anything again.
         datasets: of a file of questions, use only these data sets (comma-separated); empty uses all.
-        seed: of the atlas: which countries are held out and how questions are put.
+        seed: of the atlas: which countries are held out and how questions are put; of the scenes: all of them.
         retriever: "bm25", "dense" (an encoder and an exact index) or "hybrid" (the ranks of both, fused); an index
             directory must have been built with it.
         encoder: the model of the dense retriever: "minilm" (packaged weights), a local directory, or a Hub name; none
@@ -65,7 +65,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         choices(self, "data.")
-        if self.questions in ("", "atlas"):  # empty: a recipe leaves it to the user, and building the run refuses it
+        # Empty: a recipe leaves it to the user, and building the run refuses it.
+        if self.questions in ("", "atlas", "scenes"):
             require(
                 not self.corpus, "data.corpus", f"empty with data.questions={self.questions or 'nothing'}", self.corpus
             )
@@ -79,10 +80,10 @@ class EnvironmentConfig:
     """What answers the policy.
 
     Attributes:
-        protocol: the tag grammar, "search_r1", "refine" or "multi_search".
+        protocol: the tag grammar, "search_r1", "refine" or "multi_search", and "clarify" with data.questions=scenes.
         prompt: "plain" (just the question, for warm-started policies) or "chat" (instruction and chat template).
         top_k: passages per search.
-        max_searches: executed searches per rollout.
+        max_searches: executed searches per rollout; with scenes questions that the user answers.
         passage_words: passages are cut to this many words; none leaves them whole.
         force_answer: open the answer for the policy when its searches are used up; otherwise the rollout ends there.
         max_invalid: invalid turns answered with a notice before the answer is forced.
@@ -315,3 +316,13 @@ class TrainConfig:
             f"at most the {self.questions_per_step * self.group_size} rollouts of a step",
             self.loss.minibatches,
         )
+        scenes = self.data.questions == "scenes"
+        require(
+            (self.environment.grammar.inquiry == "ask") == scenes,
+            "environment.protocol",
+            f"{'clarify' if scenes else 'one that searches'} with data.questions={self.data.questions}",
+            self.environment.protocol,
+        )
+        require(scenes or not self.rewards.iou, "rewards.iou", "0 without data.questions=scenes", self.rewards.iou)
+        idle = self.warm_start.mix.idle
+        require(scenes or not idle, "warm_start.mix.idle", "0 without data.questions=scenes", idle)

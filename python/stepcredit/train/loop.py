@@ -121,7 +121,7 @@ def train_step(
     where its method can be. `average`: the teacher of a method that asks for an average of the policy."""
     torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
     clock = Clock()
-    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.retriever.seconds
+    forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.seconds_retrieval
     if questions is None:
         questions = questions_of_step(parts.dataset.train, config.questions_per_step, config.seed, step)
 
@@ -145,7 +145,7 @@ def train_step(
         reference=reference,
         average=average,
         tokens_rollout=parts.engine.tokens_forwarded - forwarded_before,
-        seconds_retrieval=parts.retriever.seconds - waited_before,
+        seconds_retrieval=parts.seconds_retrieval - waited_before,
         verify=verify,
     )
     return {"phase": "grpo", "step": step + 1, **outcome_metrics(rollouts), **learnt}

@@ -47,7 +47,8 @@ GLOSSARY: dict[str, str] = {
     "tags typed by the policy), failed_retrievals, empty_results, excess_searches, forced_answers, cut_passages "
     "(passages that lost words), skipped_passages (left out as the rollout had been shown them), repeated_queries and "
     "dropped_queries (of a search's several, the same again and beyond the limit), duplicate_passages (found by "
-    "several of them)",
+    "several of them); in scenes empty_questions, excess_questions, unclear_questions, refused_questions and "
+    "foreign_questions (not understood, for the region itself, about nothing in the scene), unreadable_answers",
     "policy_tokens": "tokens the policy wrote, per rollout",
     "length": "tokens per rollout, prompt and environment included",
     "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",
@@ -64,7 +65,8 @@ GLOSSARY: dict[str, str] = {
     "advantage/zero_variance_groups": "share of groups whose rollouts all have the same reward: no outcome signal",
     "advantage/outcome_abs_mean": "mean absolute outcome advantage of policy tokens",
     "advantage/bonus_abs_mean": "mean absolute step credit beside the outcome's: of the query tokens of scored steps "
-    "(ig_search), of the tokens on which it is placed (tips, step_search), or of all policy tokens (igpo, gigpo)",
+    "(ig_search), of the tokens on which it is placed (tips, step_search, clarify), or of all policy tokens (igpo, "
+    "gigpo)",
     "ig/gain_mean, ig/gain_std": "information gain of the scored search steps, before centring, nats per answer token",
     "ig/positive_share": "share of the scored steps whose gain is above 0",
     "ig/real_mean, ig/baseline_mean": "mean score of the gold answer under the real and the counterfactual passages",
@@ -119,6 +121,19 @@ GLOSSARY: dict[str, str] = {
     "multi_search/merged_share": "share of searches whose passages the policy merged",
     "multi_search/constant_<reward>": "share of groups in which that reward tells no rollout from another",
     "multi_search/missing_rewards": "rewards that a rollout does not have, left out of its group's statistics",
+    "clarify/iou, clarify/iou_<kind>": "in scenes: mean mask IoU of the region named and the one meant, 0 without an "
+    "answer; of questions of one kind",
+    "clarify/right, clarify/right_asked, clarify/right_guessed": "share of rollouts whose IoU is at least 0.5; of "
+    "those that asked a question, of those that did not",
+    "clarify/questions": "questions per rollout that the user replied to",
+    "clarify/bits, clarify/idle": "mean bits of a question, log2 of the candidates before over those after the reply; "
+    "share of the questions that told nothing",
+    "clarify/share": "how much of an advantage the teacher decides; 0 when none is run",
+    "clarify/turn_value": "mean value of a question: the share of the ambiguity that it resolved, less credit.cost",
+    "clarify/teacher_gap": "mean of a token's log-prob under the teacher, who is told what is meant, less the policy's",
+    "clarify/weight, clarify/clipped": "mean weight of an advantage, and share of the tokens whose ratio is clipped",
+    "clarify/too_long": "rollouts that the teacher did not weigh: they do not fit the context with what it is told",
+    "clarify/tokens_teacher, clarify/seconds": "tokens run through teacher and policy for it, and seconds of that",
     "tokens_rollout, tokens_credit, tokens_update": "tokens_forwarded of a GRPO step by part",
     "tokens_forwarded": "real (not padding) tokens run forward through the model, without an audit's separate forwards",
     "seconds": "wall-clock seconds of this line's step",

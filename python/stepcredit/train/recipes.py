@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stepcredit._names import nearest
-from stepcredit.credit import IGSearch, MultiSearch, PiPlay
+from stepcredit.credit import Clarify, IGSearch, MultiSearch, PiPlay
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
     DataConfig,
@@ -100,6 +100,27 @@ def pi_play() -> TrainConfig:
     )
 
 
+def clarify() -> TrainConfig:
+    """SmolLM2-135M finds the region that a user means in scenes of coloured shapes, and asks back where it must."""
+    return replace(
+        quickstart(),
+        recipe="clarify",
+        data=DataConfig(questions="scenes"),
+        environment=EnvironmentConfig(protocol="clarify", max_searches=2),
+        sampling=SamplingConfig(max_turn_tokens=32, max_answer_tokens=24),
+        rewards=RewardWeights(f1=0.0, iou=1.0),
+        credit=Clarify(),
+        warm_start=WarmStartConfig(
+            steps=15,
+            batch=12,
+            learning_rate=1e-4,
+            # What to answer once one knows is shown; whether to ask, and for what, is left to learn.
+            mix=DemonstrationMix(good=0.3, question=0.0, one_hop=0.1, repeat=0.0, guess=0.3, idle=0.3),
+        ),
+        evaluation=EvaluationConfig(questions=150),
+    )
+
+
 def tiny() -> TrainConfig:
     """A random small Llama on the atlas: seconds, no claim; for tests and for people who change code."""
     return TrainConfig(
@@ -119,7 +140,7 @@ def tiny() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, pi_play, tiny)
+    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, pi_play, clarify, tiny)
 }
 
 

@@ -24,6 +24,7 @@ class RewardWeights:
         refine: weight of naming a gold answer inside the refine blocks when the answer's F1 is 0 (AutoRefine: 0.1).
         multi_query: weight of searching with more than two queries at a time (MultiSearch; the weight is not given).
         merge: weight of naming a gold answer inside the merge blocks (MultiSearch; the weight is not given).
+        iou: weight of the overlap of the region that is named with the one that is meant, in scenes (IC-Seg).
     """
 
     f1: float = 1.0
@@ -33,6 +34,7 @@ class RewardWeights:
     refine: float = 0.0
     multi_query: float = 0.0
     merge: float = 0.0
+    iou: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -54,11 +56,15 @@ def assign_rewards(rollouts: Sequence[Rollout], weights: RewardWeights, tokenize
             right (an F1 above 0: ours, the paper's threshold is not known).
         merge: 1 if a normalised gold answer is part of the normalised text of the merge blocks and the answer is right.
             Source of both: MultiSearch.
+        iou: mask IoU of the region named and the one meant, as the environment measured it; 0 without an answer. A part
+            only where an environment measures it.
     """
+    measured = any("iou" in rollout.rewards for rollout in rollouts)
     for rollout in rollouts:
         answers = rollout.question.answers
         quality = f1(rollout.answer, answers)
         rollout.rewards = {
+            **({"iou": rollout.rewards.get("iou", 0.0)} if measured else {}),
             "f1": quality,
             "em": exact_match(rollout.answer, answers),
             "format": closed_answer(rollout),

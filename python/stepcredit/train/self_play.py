@@ -46,7 +46,8 @@ class SelfPlay:
     """
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
-        self.config, self.parts = config, parts
+        assert parts.retriever is not None  # `build` refuses what has no passages
+        self.config, self.parts, self.retriever = config, parts, parts.retriever
         self.engine = HFEngine(
             parts.model,
             parts.tokenizer,
@@ -55,7 +56,7 @@ class SelfPlay:
             max_batch=config.sampling.max_batch,
         )
         self.environment = ExaminerEnvironment(
-            parts.retriever,
+            self.retriever,
             EXAMINER,
             top_k=config.environment.top_k,
             max_searches=config.self_play.max_searches,
@@ -72,7 +73,7 @@ class SelfPlay:
         config, parts, settings = self.config, self.parts, self.config.warm_start
         walks = scripted_walks(
             parts.dataset.passages,
-            parts.retriever,
+            self.retriever,
             settings.steps * settings.batch,
             top_k=config.environment.top_k,
             passage_words=config.environment.passage_words,
@@ -112,7 +113,7 @@ class SelfPlay:
         torch.manual_seed(derive_seed(config.seed, "step", step))
         clock = Clock()
         engines = (self.engine, parts.engine)
-        forwarded, waited = sum(engine.tokens_forwarded for engine in engines), parts.retriever.seconds
+        forwarded, waited = sum(engine.tokens_forwarded for engine in engines), parts.seconds_retrieval
         rng = random.Random(derive_seed(config.seed, "seed passages", step))
         passages = parts.dataset.passages
         seeds = [
@@ -154,7 +155,7 @@ class SelfPlay:
             method=SearchR1(),
             reference=reference,
             tokens_rollout=sum(engine.tokens_forwarded for engine in engines) - forwarded,
-            seconds_retrieval=parts.retriever.seconds - waited,
+            seconds_retrieval=parts.seconds_retrieval - waited,
         )
         # The answers to compare with are those of a seed passage, which has none.
         outcomes = {k: v for k, v in outcome_metrics(walks).items() if k not in ("em", "f1", "without_supporting")}

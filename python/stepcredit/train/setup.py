@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stepcredit._validate import require
 from stepcredit.credit.base import taught_by_reference
 from stepcredit.data import Dataset
-from stepcredit.environments.search import SearchEnvironment
+from stepcredit.data.referring import ReferringDataset, build_scenes
+from stepcredit.environments import ClarifyEnvironment, Environment, SearchEnvironment
 from stepcredit.retrieval import Hits, Retriever
 from stepcredit.retrieval.store import PassageStore
 from stepcredit.scorer import PolicyScorer
@@ -42,18 +43,24 @@ class TimedRetriever:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a run: built once, used by every phase; `seconds` is what building them took."""
+    """The parts of a run: built once, used by every phase; `seconds` is what building them took. There is a retriever
+    where there are passages."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
-    retriever: TimedRetriever
-    environment: SearchEnvironment
+    retriever: TimedRetriever | None
+    environment: Environment
     engine: HFEngine
     optimizer: MasterAdamW
     scorer: PolicyScorer
     reporter: Reporter
     seconds: float
+
+    @property
+    def seconds_retrieval(self) -> float:
+        """How long was waited for the retriever so far."""
+        return self.retriever.seconds if self.retriever is not None else 0.0
 
 
 def build(config: TrainConfig, reporter: Reporter) -> Parts:
@@ -67,6 +74,8 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     dtype = resolve_dtype(config.model.dtype, device)
     dataset = load_data(config.data)
     if config.self_play.enabled:
+        walkable, asked = not isinstance(dataset, ReferringDataset), config.self_play.examiner_steps
+        require(walkable, "self_play.examiner_steps", "0 where there are no passages to walk", asked)
         dataset = replace(dataset, train=[])  # nothing may read them
     for split in (*(() if config.self_play.enabled else ("train",)), config.evaluation.split):
         if not getattr(dataset, split):
@@ -75,17 +84,28 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     model, tokenizer = load_policy(
         config.model.name, device=device, dtype=dtype, texts=_texts(dataset, config), seed=config.seed
     )
-    retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
-    environment = SearchEnvironment(
-        retriever,
-        protocol,
-        top_k=config.environment.top_k,
-        max_searches=config.environment.max_searches,
-        passage_words=config.environment.passage_words,
-        force_answer=config.environment.force_answer,
-        max_invalid=config.environment.max_invalid,
-        skip_shown=config.environment.skip_shown,
-    )
+    retriever: TimedRetriever | None = None
+    environment: Environment
+    if isinstance(dataset, ReferringDataset):
+        environment = ClarifyEnvironment(
+            dataset.referrals,
+            protocol,
+            max_questions=config.environment.max_searches,
+            force_answer=config.environment.force_answer,
+            max_invalid=config.environment.max_invalid,
+        )
+    else:
+        retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
+        environment = SearchEnvironment(
+            retriever,
+            protocol,
+            top_k=config.environment.top_k,
+            max_searches=config.environment.max_searches,
+            passage_words=config.environment.passage_words,
+            force_answer=config.environment.force_answer,
+            max_invalid=config.environment.max_invalid,
+            skip_shown=config.environment.skip_shown,
+        )
     engine = HFEngine(
         model,
         tokenizer,
@@ -118,6 +138,8 @@ def load_data(config: DataConfig) -> Dataset:
         from stepcredit.data.atlas import build_atlas
 
         return build_atlas(config.seed)
+    if config.questions == "scenes":
+        return build_scenes(config.seed)
     from stepcredit.data.jsonl import load_jsonl
 
     _check_retriever(config)
@@ -186,8 +208,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _texts(dataset: Dataset, config: TrainConfig) -> Iterator[str]:
     """What the policy reads and writes, for training a tokenizer; frequent tags become tokens of their own. Read only
     if there is one to train: the passages may be millions, on disk."""
-    own = (config.environment.grammar.merge_tag, "question" if config.self_play.enabled else None)
+    protocol = config.environment.grammar
+    own = (protocol.merge_tag, "question" if config.self_play.enabled else None)
     tags = ("search", "answer", "information", "documents", *filter(None, own))
+    if protocol.inquiry == "ask":
+        tags = ("ask", "answer", "reply")
+        yield from (f"<ask> {asks} </ask>" for q in dataset.train for asks in q.plan)
     yield from (f"Question: {q.text}\n" for q in dataset.train)
     yield from (f"{p.title}: {p.text}" for p in dataset.passages)
     yield from [f"<{tag}> </{tag}>" for tag in tags] * 500

@@ -23,6 +23,8 @@ def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping
     ):
         for end, results in ends.items():
             summary[f"{name}_{end}"] = results.get(mode, {}).get(key)
+    if "clarify/iou" in after.get("greedy", {}):
+        summary |= {f"iou_{end}": results.get("greedy", {}).get("clarify/iou") for end, results in ends.items()}
     return {
         **summary,
         "seconds": round(state.seconds, 1),
@@ -34,14 +36,16 @@ def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
-    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ..."."""
+    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ...";
+    of scenes the IoU in place of the passages."""
 
     def change(name: str, show: str) -> str:
         ends = [summary[f"{name}_before"], summary[f"{name}_after"]]
         return " -> ".join("-" if value is None else show.format(100 * value, value) for value in ends)
 
-    hits = change("hit", "{1:.2f}").replace("0.", ".")
+    found, name = ("IoU", "iou") if "iou_after" in summary else ("gold passages", "hit")
+    hits = change(name, "{1:.2f}").replace("0.", ".")
     return (
         f"held-out EM {change('em', '{0:.1f}')} (sampled {change('em_sampled', '{0:.1f}')}), "
-        f"gold passages {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
+        f"{found} {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
     )

@@ -1,7 +1,7 @@
 """The warm start: scripted demonstrations, played through the real environment, and supervised steps on them.
 
 Demonstrations are rollouts like any other: the scripted policy's turns and the environment's replies go through the
-same `SearchEnvironment` and `Transcript` as sampled ones, so that spans, tokens and limits are the same.
+same environment and `Transcript` as sampled ones, so that spans, tokens and limits are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from stepcredit.data.demonstrations import Demonstration
-from stepcredit.environments.search import SearchEnvironment
+from stepcredit.environments import Environment
 from stepcredit.protocol import PromptStyle, Turn
 from stepcredit.rollout import Rollout
 from stepcredit.train.engine import Transcript
@@ -21,7 +21,7 @@ from stepcredit.train.engine import Transcript
 
 def play(
     demonstrations: Sequence[Demonstration],
-    environment: SearchEnvironment,
+    environment: Environment,
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_style: PromptStyle = "plain",
@@ -62,6 +62,7 @@ def play(
             [s.transcript.searches for s in running],
             [s.faults for s in running],
             [s.forced for s in running],
+            [s.demonstration.question for s in running],
         )
         for script, turn, response in zip(running, turns, responses, strict=True):
             room = max_context - len(script.transcript.tokens)
@@ -99,7 +100,8 @@ class _Script:
         elif self.searched == len(queries):
             text = f"{merged}{self.transcript.protocol.answer_opener}{asks} {answer} </answer>"
         else:
-            text = f"{merged}<search> {queries[self.searched]} </search>"
+            inquiry = self.transcript.protocol.inquiry
+            text = f"{merged}<{inquiry}> {queries[self.searched]} </{inquiry}>"
             self.searched += 1
         ids = self.transcript.tokenizer.encode(text, add_special_tokens=False)
         if len(self.transcript.tokens) + len(ids) > max_context:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepcredit.environments.search import SearchEnvironment
+from stepcredit.environments import Environment
 from stepcredit.protocol import PromptStyle, Protocol
 from stepcredit.rollout import Question, Rollout
 from stepcredit.tokens import decode
@@ -106,7 +106,7 @@ class HFEngine:
     def rollout(
         self,
         questions: Sequence[Question],
-        environment: SearchEnvironment,
+        environment: Environment,
         sampling: Sampling,
         *,
         group_size: int = 1,
@@ -157,7 +157,7 @@ class HFEngine:
     def _batch(
         self,
         rows: list[_Row],
-        environment: SearchEnvironment,
+        environment: Environment,
         sampling: Sampling,
         uniforms: Uniforms | None,
         group_size: int,
@@ -231,7 +231,7 @@ class HFEngine:
             return True
         return len(row.ids) >= (sampling.max_answer_tokens if row.forced else sampling.max_turn_tokens)
 
-    def _respond(self, rows: list[_Row], environment: SearchEnvironment) -> None:
+    def _respond(self, rows: list[_Row], environment: Environment) -> None:
         """Record the turns, ask the environment once, and queue its replies or finish the rollouts."""
         turns = [row.transcript.add_policy(row.ids, row.logprobs, row.forced) for row in rows]
         for row in rows:
@@ -243,6 +243,7 @@ class HFEngine:
             [row.transcript.searches for row, _ in asking],
             [row.faults for row, _ in asking],
             [row.forced for row, _ in asking],
+            [row.transcript.question for row, _ in asking],
         )
         for (row, turn), response in zip(asking, responses, strict=True):
             row.faults += response.fault

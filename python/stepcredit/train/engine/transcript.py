@@ -17,13 +17,16 @@ from stepcredit.tokens import boundaries, decode, encode
 # Who owns a token that carries visible characters of several kinds; tags own it only when nothing else does.
 _PRIORITY = {
     SpanKind.QUERY: 3,
+    SpanKind.ASK: 3,
     SpanKind.ANSWER: 2,
     SpanKind.REFINE: 1,
     SpanKind.MERGE: 1,
-    SpanKind.ASK: 1,
     SpanKind.THINK: 0,
     SpanKind.TAG: -1,
 }
+
+_INQUIRIES = (SpanKind.QUERY, SpanKind.ASK)
+_FOUND = (SpanKind.DOCUMENTS, SpanKind.REPLY)
 
 
 def token_kinds(text: str, offsets: Sequence[int], pieces: Sequence[Piece]) -> list[SpanKind]:
@@ -73,13 +76,15 @@ class Transcript:
         self.spans = [Span(SpanKind.PROMPT, 0, len(self.tokens))]
         self.searches: list[Search] = []
         self.counts: Counter[str] = Counter()
+        self.rewards: dict[str, float] = {}
         self._prompt_length = len(self.tokens)
         self._next_step = 0
 
     def add_policy(self, token_ids: Sequence[int], logprobs: Sequence[float], forced_answer: bool = False) -> Turn:
         """Append one turn of the policy and return it parsed.
 
-        A query gets the number of the search it asks for as `step`; REFINE and MERGE text belongs to the last search.
+        A query, or a question to a user, gets the number of the search it asks for as `step`; REFINE and MERGE text
+        belongs to the last search.
 
         Args:
             token_ids: the sampled tokens of the turn.
@@ -92,7 +97,7 @@ class Transcript:
         turn = self.protocol.parse_turn(text, forced_answer)
         kinds = token_kinds(text, boundaries(self.tokenizer, token_ids, text), turn.pieces)
         last = self._next_step - 1
-        steps = {SpanKind.QUERY: self._next_step, SpanKind.REFINE: last, SpanKind.MERGE: last}
+        steps = {**dict.fromkeys(_INQUIRIES, self._next_step), SpanKind.REFINE: last, SpanKind.MERGE: last}
         for kind in kinds:
             self._extend(kind, 1, steps.get(kind, -1))
         self.tokens.extend(token_ids)
@@ -116,10 +121,11 @@ class Transcript:
         if search is not None:
             self.searches.append(search)
             self._next_step = search.step + 1
-        self._append(list(token_ids), kind, search.step if search and kind is SpanKind.DOCUMENTS else -1)
+        self._append(list(token_ids), kind, search.step if search and kind in _FOUND else -1)
 
     def add_response(self, response: Response, room: int) -> list[int] | None:
-        """Append an environment's reply: its message, the executed search, a forced answer opener, its counts.
+        """Append an environment's reply: its message, the executed search, a forced answer opener, its counts and
+        measures.
 
         Args:
             response: the reply.
@@ -127,9 +133,10 @@ class Transcript:
 
         Returns:
             The token ids to feed; None when the reply would leave no room for a token of the policy, in which case
-            only the counts are kept.
+            only counts and measures are kept.
         """
         self.counts.update(response.counts)
+        self.rewards.update(response.rewards)
         message = encode(self.tokenizer, response.text)
         opener = encode(self.tokenizer, self.protocol.answer_opener) if response.forced_answer else []
         if len(message) + len(opener) >= room:
@@ -141,9 +148,7 @@ class Transcript:
     def finish(self, reason: str, answer: str | None, group: int = 0) -> Rollout:
         """The finished rollout. `reason` becomes its `finish`, `answer` its answer. A query that no search answered
         (none was left, or its passages did not fit the context) loses its step: there is nothing to credit."""
-        spans = [
-            s if s.kind is not SpanKind.QUERY or s.step < self._next_step else replace(s, step=-1) for s in self.spans
-        ]
+        spans = [s if s.kind not in _INQUIRIES or s.step < self._next_step else replace(s, step=-1) for s in self.spans]
         return Rollout(
             question=self.question,
             tokens=self.tokens,
@@ -154,6 +159,7 @@ class Transcript:
             finish=reason,
             answer=answer,
             searches=self.searches,
+            rewards=dict(self.rewards),
             counts=dict(self.counts),
         )
 
