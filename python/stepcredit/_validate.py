@@ -1,9 +1,10 @@
-"""Checks that every configuration dataclass makes of itself."""
+"""Checks that configurations make of themselves, and environments of what they are called with."""
 
 from __future__ import annotations
 
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,14 @@ def at_least(group: object, prefix: str, **least: float) -> None:
         value = getattr(group, name)
         if value is not None:
             require(math.isfinite(value) and value >= bound, f"{prefix}{name}", f"at least {bound}", value)
+
+
+def one_length(**lists: Sequence[object]) -> None:
+    """ValueError "<a>, <b> and <c> must have one length, got <lengths>" unless the named arguments do."""
+    lengths = [len(values) for values in lists.values()]
+    if len(set(lengths)) > 1:
+        *names, last = lists
+        raise ValueError(f"{', '.join(names)} and {last} must have one length, got {', '.join(map(str, lengths))}")
 
 
 def choices(group: Any, prefix: str) -> None:

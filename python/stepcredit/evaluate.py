@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from stepcredit.rewards import any_gold_hit, closed_answer, exact_match, f1, gold_hit, right_region
-from stepcredit.rollout import Inquiry, Rollout
+from stepcredit.rollout import Rollout
 
 
 def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -70,7 +70,7 @@ def clarification(rollouts: Sequence[Rollout]) -> dict[str, float]:
     rollouts = [r for r in rollouts if "iou" in r.rewards]
     if not rollouts:
         return {}
-    asked = [[s for s in r.searches if isinstance(s, Inquiry)] for r in rollouts]
+    asked = [r.inquiries for r in rollouts]
     bits = [inquiry.bits for inquiries in asked for inquiry in inquiries]
     right = [right_region(r) for r in rollouts]
     result = {

@@ -190,6 +190,11 @@ class Rollout:
         return sum(s.num_queries for s in self.searches) / len(self.searches) if self.searches else 0.0
 
     @property
+    def inquiries(self) -> list[Inquiry]:
+        """Those of its searches that are questions to a user."""
+        return [search for search in self.searches if isinstance(search, Inquiry)]
+
+    @property
     def reward(self) -> float:
         """The total reward, `rewards["total"]`; ValueError before rewards were assigned."""
         if "total" not in self.rewards:

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from stepcredit._validate import require
 from stepcredit.credit.distillation import Distillation
 from stepcredit.ops import masked_advantages
 from stepcredit.rollout import RolloutBatch
@@ -68,6 +69,21 @@ def taught_by_average(method: CreditMethod) -> bool:
     """Whether a method is to be called with `teacher=` an exponential moving average of the policy, which moves by its
     field `tau`: its field `teacher` says so."""
     return getattr(method, "teacher", None) == "average"
+
+
+def resolve_teacher(wanted: str, policy: PolicyScorer, teacher: PolicyScorer | None) -> PolicyScorer:
+    """Who teaches in a method whose field `teacher` is `wanted`, when it is called with `teacher`.
+
+    None stands for the policy, which only "policy" lets teach; another must have the policy's vocabulary, else
+    ValueError.
+    """
+    if teacher is None:
+        require(wanted == "policy", "teacher", f"given with credit.teacher={wanted!r}", teacher)
+        return policy
+    if teacher.tokenizer is not policy.tokenizer:
+        same = teacher.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+        require(same, "teacher", "a scorer with the policy's vocabulary", teacher.name)
+    return teacher
 
 
 def outcome_metrics(batch: RolloutBatch, outcome: torch.Tensor) -> dict[str, float]:

@@ -11,12 +11,12 @@ import torch
 
 from stepcredit._validate import at_least, choices, require
 from stepcredit.branches.policy_tokens import score_tokens
-from stepcredit.credit.base import Credit, mean
-from stepcredit.credit.hindsight import with_block
+from stepcredit.credit.base import Credit, mean, resolve_teacher
+from stepcredit.credit.hindsight import with_blocks
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops import masked_advantages
 from stepcredit.protocol import escape_tags
-from stepcredit.rollout import Inquiry, Rollout, RolloutBatch, SpanKind
+from stepcredit.rollout import Rollout, RolloutBatch, SpanKind
 from stepcredit.scorer import PolicyScorer
 
 
@@ -109,12 +109,7 @@ class Clarify:
     ) -> Credit:
         """As `CreditMethod.__call__`, and with `teacher`: who is told, with the policy's vocabulary. None: the policy,
         which `teacher="reference"` refuses. At a `progress` of 1, the default, no teacher is run."""
-        if teacher is None:
-            require(self.teacher == "policy", "teacher", "given with credit.teacher='reference'", teacher)
-            teacher = policy
-        elif teacher.tokenizer is not policy.tokenizer:
-            same = teacher.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-            require(same, "teacher", "a scorer with the policy's vocabulary", teacher.name)
+        teacher = resolve_teacher(self.teacher, policy, teacher)
         outcome = SearchR1(eps=self.eps, ddof=self.ddof, scale=self.scale, singleton=self.singleton)
         plain = outcome(batch, policy)
         share = self.share(progress)
@@ -147,16 +142,13 @@ class Clarify:
         """The advantages as a teacher weighs them, and metrics."""
         started, scorers = time.perf_counter(), {id(scorer): scorer for scorer in (policy, teacher)}.values()
         before = sum(scorer.tokens_forwarded for scorer in scorers)
-        blocks = [teacher.encode(privileged_text(rollout)) for rollout in batch.rollouts]
+        taught, blocks = with_blocks(batch, [privileged_text(rollout) for rollout in batch.rollouts], teacher)
         limit = min(scorer.max_context or math.inf for scorer in scorers)
         weighed = batch.policy_mask & (advantages != 0)
         # The last token is only ever predicted.
         fits = [len(r.tokens) + len(block) - 1 <= limit for r, block in zip(batch.rollouts, blocks, strict=True)]
         fits_B = torch.tensor(fits, device=weighed.device)
         wanted = weighed & fits_B.repeat_interleave(batch.cu_seqlens.diff())
-        taught = RolloutBatch.pack(
-            [with_block(rollout, block) for rollout, block in zip(batch.rollouts, blocks, strict=True)], wanted.device
-        )
         # What was put in is the environment's, so that the policy's tokens are the same ones in the same order.
         told = torch.zeros_like(taught.policy_mask).masked_scatter(taught.policy_mask, wanted[batch.policy_mask])
         known = score_tokens(taught, teacher, told, temperature=1.0, max_tokens=self.max_tokens)[told]
@@ -209,8 +201,7 @@ def question_values(batch: RolloutBatch, cost: float) -> tuple[torch.Tensor, tor
     asked = torch.full_like(batch.step_ids, -1)
     values: list[float] = []
     for rollout, start in zip(batch.rollouts, batch.cu_seqlens.tolist(), strict=False):
-        inquiries = [search for search in rollout.searches if isinstance(search, Inquiry)]
-        for inquiry in inquiries:
+        for inquiry in (inquiries := rollout.inquiries):
             spans = [s for s in rollout.spans if s.kind is SpanKind.ASK and s.step == inquiry.step]
             for span in spans:
                 asked[start + span.start : start + span.stop] = len(values)

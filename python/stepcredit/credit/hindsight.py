@@ -10,7 +10,7 @@ from typing import Literal
 from stepcredit.branches.draws import hash_key
 from stepcredit.protocol import escape_tags
 from stepcredit.rewards import f1
-from stepcredit.rollout import Rollout, Span, SpanKind
+from stepcredit.rollout import Rollout, RolloutBatch, Span, SpanKind
 from stepcredit.scorer import PolicyScorer
 
 BlockKind = Literal["group", "correct_only", "leave_one_out", "single"]
@@ -105,3 +105,14 @@ def with_block(rollout: Rollout, block: Sequence[int]) -> Rollout:
         spans=[Span(SpanKind.PROMPT, 0, at + size), *moved],
         logprobs=[*rollout.logprobs[:at], *[float("nan")] * size, *rollout.logprobs[at:]],
     )
+
+
+def with_blocks(
+    batch: RolloutBatch, texts: Sequence[str], teacher: PolicyScorer
+) -> tuple[RolloutBatch, list[list[int]]]:
+    """What a teacher is shown: the rollouts of a batch, each with its text at the end of its prompt, and the tokens of
+    the texts in the teacher's vocabulary. The policy's tokens are the same ones in the same order."""
+    tokens = {text: teacher.encode(text) for text in set(texts)}
+    blocks = [tokens[text] for text in texts]
+    shown = [with_block(rollout, block) for rollout, block in zip(batch.rollouts, blocks, strict=True)]
+    return RolloutBatch.pack(shown, batch.tokens.device), blocks

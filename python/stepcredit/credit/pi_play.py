@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepcredit._validate import at_least, choices, require
-from stepcredit.credit.base import Credit
+from stepcredit.credit.base import Credit, resolve_teacher
 from stepcredit.credit.distillation import Distillation, Divergence
 from stepcredit.credit.privileged import distil
 from stepcredit.credit.search_r1 import SearchR1
@@ -98,17 +98,12 @@ class PiPlay:
         self, batch: RolloutBatch, policy: PolicyScorer, teacher: PolicyScorer | None
     ) -> tuple[Distillation | None, dict[str, float]]:
         """What the teacher says of the policy's tokens, None when there is nothing to say, and metrics."""
-        paths = {rollout.question.path: path_text(rollout.question) for rollout in batch.rollouts}
-        if teacher is None:
-            untaught = self.teacher == "policy" or not any(paths)
-            require(untaught, "teacher", "given with credit.teacher='average' and a path", teacher)
-            teacher = policy
-        tokens = {path: teacher.encode(text) for path, text in paths.items()}
+        texts = [path_text(rollout.question) for rollout in batch.rollouts]
         distillation, metrics = distil(
             batch,
-            [tokens[rollout.question.path] for rollout in batch.rollouts],
+            texts,
             batch.policy_mask,
-            teacher,
+            resolve_teacher(self.teacher, policy, teacher) if any(texts) else policy,
             name="pi_play",
             top_k=self.top_k,
             coefficient=self.weight,
@@ -116,8 +111,7 @@ class PiPlay:
             tail=self.tail,
             max_tokens=self.max_tokens,
         )
-        without = sum(not rollout.question.path for rollout in batch.rollouts)
-        return distillation, metrics | {"pi_play/without_path": float(without)}
+        return distillation, metrics | {"pi_play/without_path": float(texts.count(""))}
 
 
 def path_text(question: Question) -> str:

@@ -11,14 +11,14 @@ import torch
 from stepcredit.branches.policy_tokens import runs_of, score_top_tokens
 from stepcredit.credit.base import mean
 from stepcredit.credit.distillation import Distillation, Divergence
-from stepcredit.credit.hindsight import with_block
+from stepcredit.credit.hindsight import with_blocks
 from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 
 def distil(
     batch: RolloutBatch,
-    blocks: Sequence[Sequence[int]],
+    texts: Sequence[str],
     wanted: torch.Tensor,
     teacher: PolicyScorer,
     *,
@@ -35,9 +35,8 @@ def distil(
 
     Args:
         batch: B packed rollouts, T tokens.
-        blocks: B lists of tokens, shown to the teacher at the end of the prompt; a rollout with an empty one is left
-            out.
-        wanted: bool [T], tokens of responses.
+        texts: B blocks, shown to the teacher at the end of the prompt; a rollout with an empty one is left out.
+        wanted: bool [T], tokens of the policy.
         teacher: with the batch's vocabulary.
         name, coefficient, divergence, tail: as in `Distillation`.
         top_k: the teacher's likeliest tokens, over which distributions are compared.
@@ -51,18 +50,17 @@ def distil(
     """
     started, before = time.perf_counter(), teacher.tokens_forwarded
     device = batch.tokens.device
-    taught = RolloutBatch.pack([with_block(*pair) for pair in zip(batch.rollouts, blocks, strict=True)], device)
+    taught, blocks = with_blocks(batch, texts, teacher)
     limit = teacher.max_context or math.inf
     chosen, too_long = torch.zeros(len(batch), dtype=torch.bool, device=device), 0
     for b, runs in runs_of(batch, wanted).items():
         fits = runs[-1][1] + len(blocks[b]) - 1 <= limit  # the last token is only ever predicted
         chosen[b] = bool(blocks[b]) and fits
         too_long += bool(blocks[b]) and not fits
-    positions = (wanted & chosen.repeat_interleave(batch.cu_seqlens.diff())).nonzero().squeeze(1)
+    kept = wanted & chosen.repeat_interleave(batch.cu_seqlens.diff())
+    positions = kept.nonzero().squeeze(1)
     rollout_of = torch.bucketize(positions, batch.cu_seqlens, right=True) - 1
-    # All that follows a block moves up by its length, in a batch that grew by the blocks before.
-    moved = (taught.cu_seqlens - batch.cu_seqlens)[1:]
-    there = torch.zeros_like(taught.tokens, dtype=torch.bool).index_fill(0, positions + moved[rollout_of], True)
+    there = torch.zeros_like(taught.policy_mask).masked_scatter(taught.policy_mask, kept[batch.policy_mask])
     top = score_top_tokens(taught, teacher, there, top_k, max_tokens=max_tokens)
     forwarded = float(teacher.tokens_forwarded - before)
     metrics = {

@@ -107,12 +107,10 @@ class SDSearch:
         texts = hindsight_texts(
             batch.rollouts, groups, attempts, block=self.block, labels=self.labels, seed=self.seed, step=step
         )
-        tokens = {text: policy.encode(text) for text in set(texts)}
-        blocks = [tokens[text] for text in texts]
         wanted = batch.step_ids >= 0
         distillation, taught = distil(
             batch,
-            blocks,
+            texts,
             wanted,
             policy,
             name="sd",
@@ -128,6 +126,6 @@ class SDSearch:
         metrics = {
             **taught,
             "sd/groups_without_contrast": sum(len(distinct) == 1 for distinct in outcomes.values()) / len(outcomes),
-            "sd/rollouts_without_block": float(sum(not blocks[b] for b in runs_of(batch, wanted))),
+            "sd/rollouts_without_block": float(sum(not texts[b] for b in runs_of(batch, wanted))),
         }
         return distillation, metrics

@@ -10,7 +10,7 @@ import torch
 
 from stepcredit._validate import at_least, choices, require
 from stepcredit.counterfactual import score_steps
-from stepcredit.credit.base import Credit, mean
+from stepcredit.credit.base import Credit, mean, resolve_teacher
 from stepcredit.credit.ig_search import gain_metrics
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.credit.turns import Placement, add_step_credit
@@ -92,12 +92,7 @@ class TIPS:
     ) -> Credit:
         """As `CreditMethod.__call__`, and with `teacher`: who scores, with the policy's vocabulary and protocol. None:
         the policy, which `teacher="reference"` refuses. Log-probs at `temperature` are given by the policy alone."""
-        if teacher is None:
-            require(self.teacher == "policy", "teacher", "given with credit.teacher='reference'", teacher)
-            teacher = policy
-        elif teacher.tokenizer is not policy.tokenizer:
-            same = teacher.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-            require(same, "teacher", "a scorer with the policy's vocabulary", teacher.name)
+        teacher = resolve_teacher(self.teacher, policy, teacher)
         gains = score_steps(
             batch,
             teacher,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stepcredit._validate import at_least
+from stepcredit._validate import at_least, one_length
 from stepcredit.data.referring import Referral
 from stepcredit.data.scenes import iou, region
 from stepcredit.environments.search import Response, fault
@@ -65,11 +65,7 @@ class ClarifyEnvironment:
         questions: Sequence[Question],
     ) -> list[Response]:
         """As `Environment.respond`; ValueError for a question without a referral."""
-        if not len(turns) == len(searches) == len(faults) == len(forced) == len(questions):
-            raise ValueError(
-                f"turns, searches, faults, forced and questions must have one length, got "
-                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}, {len(questions)}"
-            )
+        one_length(turns=turns, searches=searches, faults=faults, forced=forced, questions=questions)
         responses = []
         for turn, asked, wrong, opened, question in zip(turns, searches, faults, forced, questions, strict=True):
             if question.id not in self.referrals:

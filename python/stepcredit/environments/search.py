@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
 
-from stepcredit._validate import at_least
+from stepcredit._validate import at_least, one_length
 from stepcredit.protocol import Protocol, Turn
 from stepcredit.retrieval import RetrievalError
 from stepcredit.rollout import Search, SpanKind
@@ -113,11 +113,7 @@ class SearchEnvironment:
         Returns:
             N responses, in order.
         """
-        if not len(turns) == len(searches) == len(faults) == len(forced):
-            raise ValueError(
-                f"turns, searches, faults and forced must have one length, got "
-                f"{len(turns)}, {len(searches)}, {len(faults)}, {len(forced)}"
-            )
+        one_length(turns=turns, searches=searches, faults=faults, forced=forced)
         asked = [
             i
             for i, turn in enumerate(turns)

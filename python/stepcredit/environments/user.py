@@ -39,6 +39,10 @@ class Reply:
     fault: str = ""
 
 
+_REFUSED = Reply(f"I cannot point at it. {_HINT}", "refused_questions")
+_UNCLEAR = Reply(f"I do not understand. {_HINT}", "unclear_questions")
+_FOREIGN = Reply("Nothing in the scene is like that.", "foreign_questions")
+
 #: A user: replies to a question about a thing of a scene, the same whenever it is asked.
 User = Callable[[str, Thing, Scene], Reply]
 
@@ -60,39 +64,38 @@ def reply(question: str, target: Thing, scene: Scene) -> Reply:
     asked = {_NOUNS[word] for word in words if word in _NOUNS}
     is_open = not _OPEN.isdisjoint(words)
     if any(word in _IDENTIFYING or word.isdigit() for word in words):
-        return Reply(f"I cannot point at it. {_HINT}", "refused_questions")
+        return _REFUSED
     if not words or any(word not in _KNOWN for word in words):
-        return Reply(f"I do not understand. {_HINT}", "unclear_questions")
+        return _UNCLEAR
     features = [WORDS[word] for word in words if word in WORDS]
     if "how" in words and any(name == "size" for name, _ in features):  # "How large is it?"
         asked.add("size")
     if is_open and not asked:
-        return Reply(f"I cannot point at it. {_HINT}", "refused_questions")
+        return _REFUSED
     if features and not is_open:
         return _closed(words, features, target, scene)
     if len(asked) == 1:
         (attribute,) = asked
         return Reply(_phrase(attribute, target.value(attribute)))
-    return Reply(f"I do not understand. {_HINT}", "unclear_questions")
+    return _UNCLEAR
 
 
 def _closed(words: list[str], features: list[tuple[str, str]], target: Thing, scene: Scene) -> Reply:
     """The reply to a question that names features."""
-    unclear = Reply(f"I do not understand. {_HINT}", "unclear_questions")
     if "or" in words:
         name = features[0][0]
         if len(set(features)) < 2 or any(other != name for other, _ in features):
-            return unclear
+            return _UNCLEAR
         values = {value for _, value in features}
         if not any(getattr(thing, name) in values for thing in scene.things):
-            return Reply("Nothing in the scene is like that.", "foreign_questions")
+            return _FOREIGN
         value = getattr(target, name)
         return Reply(_phrase(name, value) if value in values else "Neither.")
     known: Mapping[str, str] | None = features_of(words)
     if known is None:
-        return unclear
+        return _UNCLEAR
     if not any(thing.fits(known) for thing in scene.things):
-        return Reply("Nothing in the scene is like that.", "foreign_questions")
+        return _FOREIGN
     return Reply("Yes." if target.fits(known) else "No.")
 
 
