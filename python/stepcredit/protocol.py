@@ -295,7 +295,7 @@ class Protocol:
 _CLOSERS = {name: re.compile(rf"<\s*/\s*(?:{name}|answer)\s*>") for name in ("search", "ask")}
 _ANSWER_CLOSER = re.compile(r"<\s*/\s*answer\s*>")
 _ANY_TAG = re.compile(
-    r"<\s*(?:/\s*)?(?:think|search|ask|answer|refine|merge|information|documents|reply|memory|profile)\s*>",
+    r"<\s*(?:/\s*)?(?:think|search|ask|answer|question|refine|merge|information|documents|reply|memory|profile)\s*>",
     re.IGNORECASE,
 )
 _INSIDE = {"search": SpanKind.QUERY, "ask": SpanKind.ASK, "answer": SpanKind.ANSWER}

@@ -11,7 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from stepcredit.rollout import Rollout, SpanKind
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stepcredit.data.conversations import Fact
+
+#: How the examiner of self-play is paid for the difficulty of its question (`difficulty_reward`).
+Difficulty = Literal["hard", "medium"]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -92,6 +95,26 @@ def any_gold_hit(rollout: Rollout) -> float | None:
     if not supporting:
         return None
     return float(not supporting.isdisjoint(_shown(rollout)))
+
+
+def difficulty_reward(right: int, attempts: int, form: Difficulty = "hard") -> float:
+    """What a question is worth to its examiner when `right` of `attempts` are, in [0, 1]; 0 for none and for all.
+
+    Args:
+        right: k, at least 0 and at most n.
+        attempts: n, at least 2.
+        form: "hard" is (n - k) / (n - 1), most where one attempt is right; "medium" is 4 k (n - k) / n^2, most where
+            half of them are.
+
+    Source: pi-Play (arXiv 2604.14054) rewards medium difficulty by a formula that is not known; both are ours.
+    """
+    if attempts < 2 or not 0 <= right <= attempts:
+        raise ValueError(f"right must lie in [0, attempts] and attempts be at least 2, got {right} of {attempts}")
+    if right in (0, attempts):
+        return 0.0
+    if form == "medium":
+        return 4 * right * (attempts - right) / attempts**2
+    return (attempts - right) / (attempts - 1)
 
 
 def right_region(rollout: Rollout) -> float:

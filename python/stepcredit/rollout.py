@@ -68,6 +68,8 @@ class Question:
         supporting: ids of the passages that together support the answer (may be empty when unknown).
         plan: search queries that reach the supporting passages in order (for demonstrations; may be empty).
         kind: free label such as "one_hop" or "bridge", used to break evaluation down.
+        path: of a question that was written in self-play, how it was constructed: each query of its author with what it
+            showed; "" is the query of what the author began with. Privileged: a teacher sees it, the student does not.
     """
 
     id: str
@@ -76,6 +78,7 @@ class Question:
     supporting: tuple[str, ...] = ()
     plan: tuple[str, ...] = ()
     kind: str = ""
+    path: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.text.strip():

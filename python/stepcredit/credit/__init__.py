@@ -14,6 +14,7 @@ from stepcredit.credit.ig_search import IGSearch
 from stepcredit.credit.igpo import IGPO
 from stepcredit.credit.mr_search import MRSearch
 from stepcredit.credit.multi_search import MultiSearch
+from stepcredit.credit.pi_play import PiPlay
 from stepcredit.credit.sd_search import SDSearch
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.credit.step_search import StepSearch
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[[], CreditMethod]] = {
     "ig_search_paper": IGSearch.paper,
     "ig_search_code": IGSearch.code,
     "sd_search": SDSearch,
+    "pi_play": PiPlay,
     "igpo": IGPO,
     "gigpo": GiGPO,
     "tips": TIPS,
@@ -57,6 +59,7 @@ __all__ = [
     "IGSearch",
     "MRSearch",
     "MultiSearch",
+    "PiPlay",
     "SDSearch",
     "SearchR1",
     "StepSearch",

@@ -65,10 +65,17 @@ def taught_by_reference(method: CreditMethod) -> bool:
     return getattr(method, "teacher", None) == "reference"
 
 
+def taught_by_average(method: CreditMethod) -> bool:
+    """Whether a method is to be called with `teacher=` an exponential moving average of the policy, which moves by its
+    field `tau`: its field `teacher` says so."""
+    return getattr(method, "teacher", None) == "average"
+
+
 def resolve_teacher(wanted: str, policy: PolicyScorer, teacher: PolicyScorer | None) -> PolicyScorer:
     """Who teaches in a method whose field `teacher` is `wanted`, when it is called with `teacher`.
 
-    None stands for the policy, which "reference" refuses; another must have the policy's vocabulary, else ValueError.
+    None stands for the policy, which only "policy" lets teach; another must have the policy's vocabulary, else
+    ValueError.
     """
     if teacher is None:
         require(wanted == "policy", "teacher", f"given with credit.teacher={wanted!r}", teacher)

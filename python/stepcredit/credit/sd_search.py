@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from stepcredit._validate import at_least, choices, require
-from stepcredit.branches.policy_tokens import score_top_tokens
-from stepcredit.credit.base import Credit, mean
+from stepcredit.branches.policy_tokens import runs_of
+from stepcredit.credit.base import Credit
 from stepcredit.credit.distillation import Distillation, Divergence
-from stepcredit.credit.hindsight import BlockKind, Labels, attempt_of, hindsight_texts, with_blocks
+from stepcredit.credit.hindsight import BlockKind, Labels, attempt_of, hindsight_texts
+from stepcredit.credit.privileged import distil
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops.topk_search import MAX_K
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 
@@ -106,62 +102,30 @@ class SDSearch:
         self, batch: RolloutBatch, policy: PolicyScorer, step: int
     ) -> tuple[Distillation | None, dict[str, float]]:
         """What the teacher says of the queries' tokens, None when there are none, and metrics."""
-        started, before = time.perf_counter(), policy.tokens_forwarded
         groups = batch.groups.tolist()
         attempts = [attempt_of(rollout, policy, self.rho) for rollout in batch.rollouts]
         texts = hindsight_texts(
             batch.rollouts, groups, attempts, block=self.block, labels=self.labels, seed=self.seed, step=step
         )
-        taught, blocks = with_blocks(batch, texts, policy)
-        limit = policy.max_context or math.inf
-        chosen: list[int] = []
-        without_block = too_long = 0
-        for b, rollout in enumerate(taught.rollouts):
-            last = max((s.stop for s in rollout.spans if s.kind is SpanKind.QUERY and s.step >= 0), default=0)
-            if last and not blocks[b]:
-                without_block += 1
-            elif last - 1 > limit:  # the last token is only ever predicted
-                too_long += 1
-            elif last:
-                chosen.append(b)
-        top = score_top_tokens(taught, policy, _query_tokens(taught, chosen), self.top_k, max_tokens=self.max_tokens)
-        positions = _query_tokens(batch, chosen).nonzero().squeeze(1)
-        outcomes: dict[int, set[bool]] = {}
-        for group, attempt in zip(groups, attempts, strict=True):
-            outcomes.setdefault(group, set()).add(attempt.correct)
-        forwarded = float(policy.tokens_forwarded - before)
-        metrics = {
-            "sd/tokens_distilled": float(len(positions)),
-            "sd/groups_without_contrast": sum(len(distinct) == 1 for distinct in outcomes.values()) / len(outcomes),
-            "sd/rollouts_without_block": float(without_block),
-            "sd/too_long": float(too_long),
-            "sd/tokens_teacher": forwarded,
-            "tokens_forwarded": forwarded,
-            "sd/seconds": time.perf_counter() - started,
-        }
-        if not len(positions):
-            return None, metrics
-        metrics |= {
-            "sd/teacher_entropy": mean(top.entropy),
-            "sd/tail": mean(1 - top.logprobs.exp().sum(-1)),
-        }
-        rollout_of = torch.bucketize(positions, batch.cu_seqlens, right=True) - 1
-        device = batch.tokens.device
-        distillation = Distillation(
+        wanted = batch.step_ids >= 0
+        distillation, taught = distil(
+            batch,
+            texts,
+            wanted,
+            policy,
             name="sd",
-            positions=positions,
-            candidates=top.ids.to(device),
-            logprobs=top.logprobs.to(device),
-            weights=1.0 / rollout_of.bincount(minlength=len(batch))[rollout_of],
+            top_k=self.top_k,
             coefficient=self.weight,
             divergence=self.divergence,
             tail=self.tail,
+            max_tokens=self.max_tokens,
         )
+        outcomes: dict[int, set[bool]] = {}
+        for group, attempt in zip(groups, attempts, strict=True):
+            outcomes.setdefault(group, set()).add(attempt.correct)
+        metrics = {
+            **taught,
+            "sd/groups_without_contrast": sum(len(distinct) == 1 for distinct in outcomes.values()) / len(outcomes),
+            "sd/rollouts_without_block": float(sum(not texts[b] for b in runs_of(batch, wanted))),
+        }
         return distillation, metrics
-
-
-def _query_tokens(batch: RolloutBatch, chosen: Sequence[int]) -> torch.Tensor:
-    """bool [T]: the query tokens of some rollouts of a batch."""
-    chosen_B = torch.zeros(len(batch), dtype=torch.bool, device=batch.tokens.device)
-    chosen_B[list(chosen)] = True
-    return chosen_B.repeat_interleave(batch.cu_seqlens.diff()) & (batch.step_ids >= 0)

@@ -67,6 +67,7 @@ class Demonstration:
         answer: what it answers: as a rule the first gold answer, whether or not the searches found it.
         merges: what it merges after each search; () when it merges nothing.
         later: its scripts for the episodes after the first, where the environment asks for several.
+        asks: of an examiner's script, the question that it writes before its answer.
     """
 
     question: Question
@@ -75,6 +76,7 @@ class Demonstration:
     answer: str
     merges: tuple[str, ...] = ()
     later: tuple[Demonstration, ...] = ()
+    asks: str = ""
 
 
 def demonstrate(question: Question, quality: str, rng: random.Random) -> Demonstration:

@@ -194,7 +194,7 @@ class SearchEnvironment:
             text, kind = self.protocol.failed_notice, SpanKind.NOTICE
             counts["failed_retrievals"] = 1
         else:
-            shown = [self._cut(p) for p in passages]
+            shown = [cut_passage(p, self.passage_words) for p in passages]
             text, kind = self.protocol.documents([p for p, _ in shown]), SpanKind.DOCUMENTS
             counts["empty_results"] = not passages
             counts["cut_passages"] = sum(was_cut for _, was_cut in shown)
@@ -204,14 +204,14 @@ class SearchEnvironment:
         happened = {name: int(count) for name, count in counts.items() if count}
         return Response(text, kind, search, forced_answer=forced, counts=happened)
 
-    def _cut(self, passage: Passage) -> tuple[Passage, bool]:
-        """The passage as it is shown, and whether it lost words."""
-        limit = self.passage_words
-        if limit is None:
-            return passage, False
-        title, text = passage.title.split(), passage.text.split()
-        shown = replace(passage, title=" ".join(title[:limit]), text=" ".join(text[:limit]))
-        return shown, max(len(title), len(text)) > limit
+
+def cut_passage(passage: Passage, words: int | None) -> tuple[Passage, bool]:
+    """The passage with at most so many words of its title and of its text (None: all), and whether it lost any."""
+    if words is None:
+        return passage, False
+    title, text = passage.title.split(), passage.text.split()
+    shown = replace(passage, title=" ".join(title[:words]), text=" ".join(text[:words]))
+    return shown, max(len(title), len(text)) > words
 
 
 def fault(limits: Limits, name: str, notice: str, faults: int, forced: bool) -> Response:

@@ -19,6 +19,12 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, float], ...]], ...] = (
     ),
 )  # fmt: skip
 
+#: In the place of the information gain where self-play has an examiner; its points are the examiner's steps.
+_EXAMINER = (
+    "Examiner",
+    (("reward", "reward", 1), ("pi_play/success", "student's success", 1), ("reward_format", "accepted", 1)),
+)
+
 _COLOURS = ("#1f5fa8", "#d1701f", "#6b6b6b")
 
 
@@ -40,10 +46,13 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
     except ModuleNotFoundError:
         return f"{path} was not drawn: matplotlib is not installed (pip install matplotlib)"
     evaluations = {m["when"]: m for m in metrics if m["phase"] == "evaluation"}
+    examiner = [m for m in metrics if m["phase"] == "examiner"]
+    panels = [_EXAMINER if examiner and panel[0].startswith("Information") else panel for panel in _PANELS]
     figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+    for axes, (title, lines) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         for (name, label, factor), colour in zip(lines, _COLOURS, strict=False):
-            points = [(m["step"], factor * m[name]) for m in steps if m.get(name) is not None]
+            shown = examiner if title == "Examiner" else steps
+            points = [(m["step"], factor * m[name]) for m in shown if m.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3)
             ends = [

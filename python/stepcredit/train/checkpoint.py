@@ -1,8 +1,9 @@
 """Checkpoints in safetensors: everything a run needs to go on bit for bit.
 
 A checkpoint is a directory with `optimizer.safetensors` (float32 masters and Adam moments), or of several agents
-`optimizer.<agent>.safetensors`, with `reference.safetensors`
-(only where the run keeps a reference policy) and `state.json` (steps done, and what the loop carries along).
+`optimizer.<agent>.safetensors`, with `reference.safetensors` (only where the run keeps a reference policy),
+`average.safetensors` (only where an average of the policy teaches: its float32 weights) and `state.json` (steps done,
+and what the loop carries along).
 The randomness of a step is a function of the run's seed and the step's number, so no generator state is kept.
 """
 
@@ -11,13 +12,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from stepcredit.rollout import Question
+from stepcredit.train.average import AveragePolicy
 from stepcredit.train.optimizer import MasterAdamW
 
 
@@ -31,6 +34,9 @@ class State:
         tokens_forwarded: real tokens run through the model so far.
         seconds_ig, seconds_steps: time in counterfactual scoring and in GRPO steps so far.
         before: evaluation before the first GRPO step.
+        iteration: of self-play, in which `questions` were written, from 0; -1 before there are any.
+        questions: for the student of self-play.
+        asked: normalised texts of all questions that were accepted in self-play, sorted.
     """
 
     step: int = 0
@@ -39,6 +45,9 @@ class State:
     seconds_ig: float = 0.0
     seconds_steps: float = 0.0
     before: dict[str, dict[str, float]] | None = None
+    iteration: int = -1
+    questions: list[Question] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -46,6 +55,7 @@ def save_checkpoint(
     optimizer: MasterAdamW | Mapping[str, MasterAdamW],
     state: State,
     reference: PreTrainedModel | None = None,
+    average: AveragePolicy | None = None,
 ) -> None:
     """Write a checkpoint, replacing an older one only when the new one is complete. `optimizer` is the policy's, or
     those of several agents by name."""
@@ -56,7 +66,9 @@ def save_checkpoint(
         save_file({k: v.contiguous() for k, v in of_one.state().items()}, scratch / file)
     if reference is not None:
         save_file(dict(_named(reference)), scratch / "reference.safetensors")
-    values = {name: getattr(state, name) for name in State.__slots__}
+    if average is not None:
+        save_file({k: v.contiguous() for k, v in average.state().items()}, scratch / "average.safetensors")
+    values = asdict(state)
     (scratch / "state.json").write_text(json.dumps(values, indent=1))
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -67,10 +79,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, optimizer: MasterAdamW | Mapping[str, MasterAdamW], reference: PreTrainedModel | None = None
+    directory: Path,
+    optimizer: MasterAdamW | Mapping[str, MasterAdamW],
+    reference: PreTrainedModel | None = None,
+    average: AveragePolicy | None = None,
 ) -> State:
-    """Load a checkpoint into the optimizer, or those of several agents (and through them the models), and the reference
-    policy.
+    """Load a checkpoint into the optimizer, or those of several agents (and through them the models), the reference
+    policy and the average.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
@@ -87,7 +102,10 @@ def load_checkpoint(
         weights = load_file(directory / "reference.safetensors")
         for name, parameter in _named(reference):
             parameter.data.copy_(weights[name])
+    if average is not None:
+        average.load_state(load_file(directory / "average.safetensors"))
     values: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    values["questions"] = [Question(**{k: _tuples(v) for k, v in q.items()}) for q in values.get("questions", [])]
     return State(**values)
 
 
@@ -96,6 +114,11 @@ def _files(optimizer: MasterAdamW | Mapping[str, MasterAdamW]) -> dict[str, Mast
     if isinstance(optimizer, MasterAdamW):
         return {"optimizer.safetensors": optimizer}
     return {f"optimizer.{agent}.safetensors": of_one for agent, of_one in optimizer.items()}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _named(model: PreTrainedModel) -> list[tuple[str, Any]]:

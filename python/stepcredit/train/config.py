@@ -15,6 +15,7 @@ from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.train.engine import Sampling
 from stepcredit.train.memory_config import MemoryConfig
 from stepcredit.train.rewards import RewardWeights
+from stepcredit.train.self_play_config import SelfPlayConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +286,7 @@ class TrainConfig:
     Attributes:
         recipe: the recipe this configuration started from; part of the output directory's name.
         seed: of everything random in the run: questions, demonstrations, sampling, counterfactual draws.
-        steps: GRPO steps.
+        steps: GRPO steps; in self-play those of both roles.
         questions_per_step: questions per GRPO step.
         group_size: rollouts per question.
         output_dir: where the run writes; empty is runs/<recipe>-<time>.
@@ -312,6 +313,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    self_play: SelfPlayConfig = field(default_factory=SelfPlayConfig)
 
     def __post_init__(self) -> None:
         at_least(self, "", seed=0, steps=0, questions_per_step=1, group_size=1, checkpoint_every=0)

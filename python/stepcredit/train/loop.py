@@ -6,29 +6,34 @@ Everything random in step k is drawn from the run's seed and k alone, so a resum
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stepcredit.credit.base import taught_by_reference
+from stepcredit.credit import CreditMethod
+from stepcredit.credit.base import taught_by_average, taught_by_reference
 from stepcredit.data.demonstrations import Demonstration, demonstrations, in_parallel
 from stepcredit.evaluate import summarize
 from stepcredit.report.curves import draw_curves
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question, Rollout, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
+from stepcredit.train.draws import derive_seed, questions_of_step
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, reference_policy
+from stepcredit.train.summary import summarize_run, summary_line
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
+
+if TYPE_CHECKING:
+    from stepcredit.train.self_play import SelfPlay
 
 
 def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -49,14 +54,19 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
     (directory / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
     checkpoint = directory / "checkpoint"
     reference = None
+    roles = self_play(config, parts)
+    average = roles.average if roles else None
     if resume:
         reference = reference_policy(config, parts)
-        state = load_checkpoint(checkpoint, parts.optimizer, reference.model if reference else None)
+        state = load_checkpoint(checkpoint, parts.optimizer, reference.model if reference else None, average)
         log.drop_after(state.step)
     else:
         state = State()
         log.write({"phase": "data", **data_metrics(parts.dataset), "seconds": parts.seconds})
-        warm_start(config, parts, state, log)
+        if roles:
+            roles.warm_start(state, log)
+        else:
+            warm_start(config, parts, state, log, training_scripts(config, parts))
         reference = reference_policy(config, parts)
         state.before = evaluate(config, parts, state, log, "before")
     started -= state.seconds + parts.seconds
@@ -65,13 +75,16 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
         advance(state.step)
         audited = False  # of this process: a resumed run may be on another machine
         for step in range(state.step, config.steps):
-            metrics = train_step(config, parts, state, step, reference, verify=not audited)
+            if roles:
+                metrics = roles.step(state, step, reference, verify=not audited)
+            else:
+                metrics = train_step(config, parts, state, step, reference, verify=not audited)
             audited |= "ig/audit_difference" in metrics
             log.write(metrics)
-            advance(1, f"reward {metrics['reward']:.2f}  EM {100 * float(metrics['em']):.1f}")
+            advance(1, step_note(metrics))
             state.step, state.seconds = step + 1, time.perf_counter() - started
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                save_checkpoint(checkpoint, parts.optimizer, state, reference.model if reference else None)
+                save_checkpoint(checkpoint, parts.optimizer, state, reference.model if reference else None, average)
 
     after = evaluate(config, parts, state, log, "after")
     parts.model.save_pretrained(directory / "model")
@@ -84,14 +97,33 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
     return summary
 
 
+def self_play(config: TrainConfig, parts: Parts) -> SelfPlay | None:
+    """The roles of self-play, where there is any."""
+    if not config.self_play.enabled:
+        return None
+    from stepcredit.train.self_play import SelfPlay
+
+    return SelfPlay(config, parts)
+
+
 def train_step(
-    config: TrainConfig, parts: Parts, state: State, step: int, reference: PolicyScorer | None, *, verify: bool = False
+    config: TrainConfig,
+    parts: Parts,
+    state: State,
+    step: int,
+    reference: PolicyScorer | None,
+    *,
+    verify: bool = False,
+    questions: Sequence[Question] | None = None,
+    average: PolicyScorer | None = None,
 ) -> dict[str, Any]:
-    """One GRPO step; returns its metrics. `verify`: the credit is audited where its method can be."""
+    """One GRPO step on the data set's questions, or those given; returns its metrics. `verify`: the credit is audited
+    where its method can be. `average`: the teacher of a method that asks for an average of the policy."""
     torch.manual_seed(derive_seed(config.seed, "step", step))  # for whatever draws from the global generator
     clock = Clock()
     forwarded_before, waited_before = parts.engine.tokens_forwarded, parts.seconds_retrieval
-    questions = questions_of_step(parts.dataset.train, config.questions_per_step, config.seed, step)
+    if questions is None:
+        questions = questions_of_step(parts.dataset.train, config.questions_per_step, config.seed, step)
 
     with clock("rollout"), parts.reporter.task("  rollouts", len(questions) * config.group_size) as advance:
         rollouts = parts.engine.rollout(
@@ -102,16 +134,59 @@ def train_step(
             progress=advance,
         )
     assign_rewards(rollouts, config.rewards, parts.tokenizer)
+    learnt = learn(
+        config,
+        parts,
+        state,
+        step,
+        rollouts,
+        clock,
+        method=config.credit,
+        reference=reference,
+        average=average,
+        tokens_rollout=parts.engine.tokens_forwarded - forwarded_before,
+        seconds_retrieval=parts.seconds_retrieval - waited_before,
+        verify=verify,
+    )
+    return {"phase": "grpo", "step": step + 1, **outcome_metrics(rollouts), **learnt}
+
+
+def learn(
+    config: TrainConfig,
+    parts: Parts,
+    state: State,
+    step: int,
+    rollouts: Sequence[Rollout],
+    clock: Clock,
+    *,
+    method: CreditMethod,
+    reference: PolicyScorer | None,
+    tokens_rollout: int,
+    seconds_retrieval: float,
+    average: PolicyScorer | None = None,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """Credit of rewarded rollouts and the update on them; returns the metrics of both, and what the step took.
+
+    Args:
+        clock: of the step, from its beginning.
+        method: of the credit.
+        tokens_rollout, seconds_retrieval: what sampling the rollouts took.
+        reference, average, verify: as in `train_step`.
+    """
     batch = RolloutBatch.pack(rollouts, parts.model.device)
+    teacher: dict[str, Any] = {"teacher": reference} if taught_by_reference(method) else {}
+    if taught_by_average(method):
+        teacher = {"teacher": average}
     with clock("credit"):
-        credit = config.credit(
+        credit = method(
             batch,
             parts.scorer,
             step=derive_seed(config.seed, "credit", step),
             progress=step / config.steps,
             temperature=config.sampling.temperature if config.loss.optimizer_steps > 1 else None,
             verify=verify,
-            **({"teacher": reference} if taught_by_reference(config.credit) else {}),
+            **teacher,
         )
     with clock("update"):
         updated = policy_update(
@@ -126,7 +201,7 @@ def train_step(
         )
 
     tokens = {
-        "tokens_rollout": parts.engine.tokens_forwarded - forwarded_before,
+        "tokens_rollout": tokens_rollout,
         "tokens_credit": credit.metrics.get("tokens_forwarded", 0.0),
         "tokens_update": updated["tokens_forwarded"],
     }
@@ -134,9 +209,6 @@ def train_step(
     state.seconds_steps += clock.total
     state.seconds_ig += credit.metrics.get("ig/seconds", 0.0)
     return {
-        "phase": "grpo",
-        "step": step + 1,
-        **outcome_metrics(rollouts),
         **credit.metrics,
         **updated,
         "learning_rate": config.optimizer.rate(step),
@@ -144,20 +216,41 @@ def train_step(
         "tokens_forwarded": sum(tokens.values()),
         **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
         "ig_seconds_share": credit.metrics.get("ig/seconds", 0.0) / clock.total,
-        "seconds_retrieval": parts.seconds_retrieval - waited_before,
+        "seconds_retrieval": seconds_retrieval,
         "seconds": clock.total,
     }
 
 
-def warm_start(config: TrainConfig, parts: Parts, state: State, log: MetricsLog) -> None:
-    """Supervised steps on demonstrations of training questions; afterwards the optimizer starts afresh."""
+def step_note(metrics: Mapping[str, Any]) -> str:
+    """What the progress bar shows of a step."""
+    if metrics["phase"] == "skipped":
+        return "no question to answer"
+    last = f"EM {100 * float(metrics['em']):.1f}" if "em" in metrics else f"accepted {metrics['pi_play/accepted']:.0f}"
+    return f"reward {metrics['reward']:.2f}  {last}"
+
+
+def training_scripts(config: TrainConfig, parts: Parts) -> list[Demonstration]:
+    """Demonstrations of training questions, as many as the warm start takes."""
     settings = config.warm_start
     questions = [q for q in parts.dataset.train if q.plan or not settings.mix.needs_plan]
     count = settings.steps * settings.batch
     if count and not questions:
         raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
     chosen = questions_of_step(questions, count, derive_seed(config.seed, "warm start"), 0)
-    scripts = warm_start_scripts(config, parts, chosen)
+    return warm_start_scripts(config, parts, chosen)
+
+
+def warm_start(
+    config: TrainConfig,
+    parts: Parts,
+    state: State,
+    log: MetricsLog,
+    scripts: Sequence[Demonstration],
+    also: Callable[[int], list[Rollout]] = lambda step: [],
+) -> None:
+    """Supervised steps on demonstrations, and on rollouts of another role that `also` gives for each step; afterwards
+    the optimizer starts afresh."""
+    settings = config.warm_start
     with parts.reporter.task("warm start", settings.steps) as advance:
         for step in range(settings.steps):
             start = time.perf_counter()
@@ -172,7 +265,7 @@ def warm_start(config: TrainConfig, parts: Parts, state: State, log: MetricsLog)
             metrics = supervised_step(
                 parts.model,
                 parts.optimizer,
-                RolloutBatch.pack(rollouts, parts.model.device),
+                RolloutBatch.pack([*rollouts, *also(step)], parts.model.device),
                 learning_rate=settings.learning_rate,
                 max_tokens=config.loss.max_tokens,
             )
@@ -237,61 +330,3 @@ def evaluate(
         }
     )
     return results
-
-
-def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The fields of `summary.json`; a value that was not measured is None."""
-    ends = {"before": state.before or {}, "after": after}
-    summary: dict[str, Any] = {}
-    for name, mode, key in (
-        ("em", "greedy", "em"),
-        ("em_sampled", "sampled", "em"),
-        ("f1", "greedy", "f1"),
-        ("hit", "greedy", "hit"),
-        ("hit_sampled", "sampled", "hit"),
-        ("finished", "greedy", "finished"),
-    ):
-        for end, results in ends.items():
-            summary[f"{name}_{end}"] = results.get(mode, {}).get(key)
-    if "clarify/iou" in after.get("greedy", {}):
-        summary |= {f"iou_{end}": results.get("greedy", {}).get("clarify/iou") for end, results in ends.items()}
-    return {
-        **summary,
-        "seconds": round(state.seconds, 1),
-        "steps": state.step,
-        "tokens_forwarded": state.tokens_forwarded,
-        "ig_seconds_share": round(state.seconds_ig / state.seconds_steps, 4) if state.seconds_steps else 0.0,
-        "seed": config.seed,
-    }
-
-
-def summary_line(summary: Mapping[str, Any]) -> str:
-    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ...";
-    of scenes the IoU in place of the passages."""
-
-    def change(name: str, show: str) -> str:
-        ends = [summary[f"{name}_before"], summary[f"{name}_after"]]
-        return " -> ".join("-" if value is None else show.format(100 * value, value) for value in ends)
-
-    found, name = ("IoU", "iou") if "iou_after" in summary else ("gold passages", "hit")
-    hits = change(name, "{1:.2f}").replace("0.", ".")
-    return (
-        f"held-out EM {change('em', '{0:.1f}')} (sampled {change('em_sampled', '{0:.1f}')}), "
-        f"{found} {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
-    )
-
-
-def questions_of_step(questions: Sequence[Question], count: int, seed: int, step: int) -> list[Question]:
-    """The `count` questions of one step: consecutive ones of a shuffled order that is new in every epoch."""
-    chosen: list[Question] = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, at = divmod(position, len(questions))
-        if not chosen or at == 0:
-            order = random.Random(f"{seed}/questions/{epoch}").sample(range(len(questions)), len(questions))
-        chosen.append(questions[order[at]])
-    return chosen
-
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """An independent seed for one purpose: a function of the arguments alone, in [0, 2**31)."""
-    return random.Random("/".join(map(str, (seed, *purpose)))).getrandbits(31)

@@ -15,9 +15,13 @@ from stepcredit.data import Dataset
 from stepcredit.evaluate import summarize
 from stepcredit.rollout import Rollout
 
+#: Phases whose lines are GRPO steps.
+STEP_PHASES = ("grpo", "examiner", "skipped")
+
 #: Every name in `metrics.jsonl` and what it means; `<name>` stands for one of several.
 GLOSSARY: dict[str, str] = {
-    "phase": 'what the line is about: "data" (once, first), "warm_start", "evaluation" or "grpo"',
+    "phase": 'what the line is about: "data" (once, first), "warm_start", "evaluation" or "grpo"; in self-play also '
+    '"examiner", a GRPO step of the examiner, and "skipped", one of the student for which there was no question',
     "data_passages": "passages of the corpus",
     "data_train, data_dev, data_test": "questions of each split",
     "data_without_plan": "training questions without a plan, which a warm start that needs plans leaves out",
@@ -105,6 +109,23 @@ GLOSSARY: dict[str, str] = {
     "below, that of their first",
     "mr_search/ended_early": "rollouts that have fewer episodes than another of the batch",
     "mr_search/alone": "episodes without another of their number and group to be compared with",
+    "pi_play/weight": "pi_play: coefficient of the distillation loss",
+    "pi_play/loss": "mean over rollouts of the mean reverse KL of a rollout's policy tokens to the teacher, who knows "
+    "how the question was written, nats (credit.divergence may be another)",
+    "pi_play/teacher_entropy, pi_play/student_entropy, pi_play/tail": "as for sd_search",
+    "pi_play/tokens_distilled": "policy tokens with a teacher",
+    "pi_play/without_path, pi_play/too_long": "rollouts without a teacher: their question has no construction path, or "
+    "they do not fit into the context with it",
+    "pi_play/tokens_teacher, pi_play/seconds": "tokens run through the teacher, and seconds of that",
+    "pi_play/ema_distance": "L2 distance of the policy's weights to the teacher's average after a student step, over "
+    "the norm of the policy's",
+    "pi_play/iteration": "iteration of self-play, from 1",
+    "pi_play/questions": "questions that the student has in this iteration so far",
+    "pi_play/accepted": "of an examiner step: walks whose question was accepted",
+    "pi_play/rejected_<reason>": "walks whose question was rejected: format, no_search (none showed a passage), "
+    "unsupported (the answer stands in no passage that was shown), leaks (it stands in the question), duplicate",
+    "pi_play/success": "mean share of the student's attempts at an accepted question that are right",
+    "pi_play/success_<k>_of_<n>": "accepted questions at which k of n attempts of the student are right",
     "multi_search/queries": "mean number of queries of a search",
     "multi_search/several_share": "share of rollouts whose searches hold more than two queries on average",
     "multi_search/merged_share": "share of searches whose passages the policy merged",
@@ -179,7 +200,7 @@ class MetricsLog:
 
     def drop_after(self, step: int) -> None:
         """Drop what was logged after GRPO step `step`: a resumed run logs those steps again."""
-        late = [m for m in self.read() if m["phase"] == "grpo" and int(m["step"]) > step]
+        late = [m for m in self.read() if m["phase"] in STEP_PHASES and int(m["step"]) > step]
         kept = [m for m in self.read() if m not in late and m.get("when") != "after"]
         self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stepcredit._names import nearest
-from stepcredit.credit import Clarify, CoMAM, IGSearch, MRSearch, MultiSearch
+from stepcredit.credit import Clarify, CoMAM, IGSearch, MRSearch, MultiSearch, PiPlay
 from stepcredit.data.demonstrations import DemonstrationMix
 from stepcredit.train.config import (
     DataConfig,
@@ -20,6 +20,7 @@ from stepcredit.train.config import (
 )
 from stepcredit.train.memory_config import MemoryConfig
 from stepcredit.train.rewards import RewardWeights
+from stepcredit.train.self_play_config import SelfPlayConfig
 
 
 def quickstart() -> TrainConfig:
@@ -83,6 +84,20 @@ def multi_search() -> TrainConfig:
         sampling=SamplingConfig(max_turn_tokens=96, max_answer_tokens=24),
         rewards=RewardWeights(f1=1.0, multi_query=1.0, merge=1.0),
         credit=MultiSearch(),
+    )
+
+
+def pi_play() -> TrainConfig:
+    """SmolLM2-135M on the atlas without a question: as an examiner it writes them from the passages, as a student it
+    answers them, taught by its average that knows how they were written; three iterations."""
+    return replace(
+        quickstart(),
+        recipe="pi_play",
+        steps=12,
+        sampling=SamplingConfig(max_turn_tokens=80, max_answer_tokens=24),
+        rewards=RewardWeights(f1=0.0, em=1.0),
+        credit=PiPlay(),
+        self_play=SelfPlayConfig(examiner_steps=1, student_steps=3),
     )
 
 
@@ -154,7 +169,7 @@ def tiny() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, clarify, mr_search, comam, tiny)
+    recipe.__name__: recipe for recipe in (quickstart, smollm2, multi_search, pi_play, clarify, mr_search, comam, tiny)
 }
 
 

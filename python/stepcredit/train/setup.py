@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from stepcredit.credit.base import taught_by_reference
 from stepcredit.data import Dataset
 from stepcredit.data.referring import ReferringDataset, build_scenes
 from stepcredit.environments import ClarifyEnvironment, Environment, SearchEnvironment
-from stepcredit.protocol import Protocol
 from stepcredit.retrieval import Hits, Retriever
 from stepcredit.retrieval.store import PassageStore
 from stepcredit.scorer import PolicyScorer
@@ -77,12 +76,16 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     dataset = load_data(config.data)
-    for split in ("train", config.evaluation.split):
+    if config.self_play.enabled:
+        walkable, asked = not isinstance(dataset, ReferringDataset), config.self_play.examiner_steps
+        require(walkable, "self_play.examiner_steps", "0 where there are no passages to walk", asked)
+        dataset = replace(dataset, train=[])  # nothing may read them
+    for split in (*(() if config.self_play.enabled else ("train",)), config.evaluation.split):
         if not getattr(dataset, split):
             raise ValueError(f"data.questions={config.data.questions!r} has no {split} questions")
     protocol = config.environment.grammar
     model, tokenizer = load_policy(
-        config.model.name, device=device, dtype=dtype, texts=_texts(dataset, protocol), seed=config.seed
+        config.model.name, device=device, dtype=dtype, texts=_texts(dataset, config), seed=config.seed
     )
     retriever: TimedRetriever | None = None
     environment: Environment
@@ -206,10 +209,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def _texts(dataset: Dataset, protocol: Protocol) -> Iterator[str]:
+def _texts(dataset: Dataset, config: TrainConfig) -> Iterator[str]:
     """What the policy reads and writes, for training a tokenizer; frequent tags become tokens of their own. Read only
     if there is one to train: the passages may be millions, on disk."""
-    tags = ("search", "answer", "information", "documents", *filter(None, [protocol.merge_tag]))
+    protocol = config.environment.grammar
+    own = (protocol.merge_tag, "question" if config.self_play.enabled else None)
+    tags = ("search", "answer", "information", "documents", *filter(None, own))
     if protocol.inquiry == "ask":
         tags = ("ask", "answer", "reply")
         yield from (f"<ask> {asks} </ask>" for q in dataset.train for asks in q.plan)

@@ -105,13 +105,14 @@ class _Script:
     def play_turn(self, max_context: int) -> Turn | None:
         """The script's next turn; None when it does not fit the context, which ends the rollout."""
         queries, answer = self.current.queries, self.current.answer
-        tag = self.transcript.protocol.answer_tag
+        grammar = self.transcript.protocol
+        asks = f" {self.current.asks} </question>\n<answer>" if self.current.asks else ""
         merges = self.current.merges[self.searched - 1 : self.searched] if self.searched else ()
         merged = "".join(f"<merge> {merge} </merge>\n" for merge in merges)
         if self.forced:
-            text = f" {answer} </{tag}>"
+            text = f"{asks} {answer} </{grammar.answer_tag}>"
         elif self.searched == len(queries):
-            text = f"{merged}<{tag}> {answer} </{tag}>"
+            text = f"{merged}{grammar.answer_opener}{asks} {answer} </{grammar.answer_tag}>"
         else:
             inquiry = self.transcript.protocol.inquiry
             text = f"{merged}<{inquiry}> {queries[self.searched]} </{inquiry}>"
