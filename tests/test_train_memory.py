@@ -208,6 +208,7 @@ def test_the_command_runs_a_warm_start_and_goes_on(tmp_path, capsys):
         (["credit=search_r1"], r"credit must be comam with memory.conversations, got 'SearchR1'"),
         (["loss.kl_coef=0.1"], r"loss.kl_coef must be 0 with memory.conversations, got 0.1"),
         (["environment.episodes=2"], r"environment.episodes must be 1 with memory.conversations, got 2"),
+        (["self_play.examiner_steps=1"], r"self_play.examiner_steps must be 0 with memory.conversations, got 1"),
         (["data.questions=atlas"], r"data.questions must be empty with memory.conversations, got 'atlas'"),
         (["memory.extraction_tokens=2000"], r"conversation 'persona-.*' does not fit .* memory.extraction_tokens=2000"),
         (["memory.judge=mine"], r"memory.judge must be 'facts' or 'module:function', got 'mine'"),

@@ -64,6 +64,8 @@ def build_memory(config: TrainConfig, reporter: Reporter) -> MemoryParts:
     require(config.loss.kl_coef == 0, "loss.kl_coef", "0 with memory.conversations", config.loss.kl_coef)
     episodes = config.environment.episodes
     require(episodes == 1, "environment.episodes", "1 with memory.conversations", episodes)
+    played = config.self_play.examiner_steps
+    require(played == 0, "self_play.examiner_steps", "0 with memory.conversations", played)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     if settings.conversations == "personas":

@@ -79,6 +79,8 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     if config.self_play.enabled:
         walkable, asked = not isinstance(dataset, ReferringDataset), config.self_play.examiner_steps
         require(walkable, "self_play.examiner_steps", "0 where there are no passages to walk", asked)
+        episodes = config.environment.episodes
+        require(episodes == 1, "environment.episodes", "1 with self_play.examiner_steps", episodes)
         dataset = replace(dataset, train=[])  # nothing may read them
     for split in (*(() if config.self_play.enabled else ("train",)), config.evaluation.split):
         if not getattr(dataset, split):
