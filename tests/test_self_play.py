@@ -270,6 +270,12 @@ def test_the_recipe_runs_end_to_end_and_no_training_question_is_read(tmp_path, m
         command.main(["tiny", f"output_dir={tmp_path}/other"])
 
 
+def test_a_student_has_one_episode(capsys, tmp_path):
+    words = ["pi_play", "model.name=tiny", "environment.episodes=2", f"output_dir={tmp_path}/run"]
+    assert command.main(words) == 2
+    assert "environment.episodes must be 1 with self_play.examiner_steps, got 2" in capsys.readouterr().err
+
+
 def test_scenes_have_nothing_to_walk(capsys, tmp_path):
     words = ["clarify", "model.name=tiny", "self_play.examiner_steps=1", f"output_dir={tmp_path}/run"]
     assert command.main(words) == 2
