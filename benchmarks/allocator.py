@@ -19,8 +19,8 @@ GROWN = ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 6
 @contextmanager
 def memory_kept() -> Iterator[None]:
     """Inside, what is freed is used again instead of going back to the system, which would hand out fresh pages at the
-    next call, one fault each: 10 to 25 hundredths of the time of a forward pass on a CPU, and a part that varies more
-    than the pass. Changes nothing where the C library is not glibc."""
+    next call, one fault each. On a CPU the logits and activations of a forward pass are such blocks, and what their
+    faults cost differs between machines. Changes nothing where the C library is not glibc."""
     if platform.libc_ver()[0] != "glibc":
         yield
         return
