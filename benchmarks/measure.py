@@ -17,6 +17,19 @@ ROUNDS = (3, 100)
 #: A round longer than this, in seconds, is not repeated: it averages out by itself what shorter ones repeat for.
 LONG = 20.0
 
+#: A case whose ways take seconds to minutes each runs rounds of all of them: these many where one round is at most
+#: `LONG_ROUND` seconds, else one, and more as long as they would end within `CASE_SECONDS`.
+CASE_ROUNDS = (2, 10)
+CASE_SECONDS = 180.0 if DEVICE == "cpu" else 4.0
+LONG_ROUND = 300.0
+
+
+def another_round(done: int, elapsed: float) -> bool:
+    """Whether such a case, after so many rounds in so many seconds, runs another."""
+    one = elapsed / done
+    fewest, most = CASE_ROUNDS
+    return one <= LONG_ROUND if done < fewest else done < most and elapsed + one <= CASE_SECONDS
+
 
 def synchronised(function: Callable[[], object]) -> Callable[[], None]:
     """`function` as its caller waits for it: with the work it queued on a GPU."""
