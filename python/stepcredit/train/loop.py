@@ -6,10 +6,8 @@ Everything random in step k is drawn from the run's seed and k alone, so a resum
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,15 @@ from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
+from stepcredit.train.draws import derive_seed, questions_of_step
+from stepcredit.train.engine import Sampling
+from stepcredit.train.evaluation import evaluate_held_out
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
+from stepcredit.train.progress import Advance
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, reference_policy
+from stepcredit.train.summary import summarize_run, summary_line
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
 
@@ -201,90 +204,12 @@ def evaluate(
     config: TrainConfig, parts: Parts, state: State, log: MetricsLog, when: str
 ) -> dict[str, dict[str, float]]:
     """Greedy and sampled (temperature 1) rollouts of the held-out questions, summarised; the same draws each time."""
-    questions = getattr(parts.dataset, config.evaluation.split)[: config.evaluation.questions]
-    sampled = replace(config.sampling.build(derive_seed(config.seed, "evaluation")), temperature=1.0, top_p=1.0)
-    modes = {"greedy": (replace(sampled, greedy=True), 1)}
-    if config.evaluation.samples:
-        modes["sampled"] = (sampled, config.evaluation.samples)
-    start, forwarded = time.perf_counter(), parts.engine.tokens_forwarded
-    results = {}
-    with parts.reporter.task(
-        f"evaluation {when}", len(questions) * sum(group_size for _, group_size in modes.values())
-    ) as advance:
-        for name, (sampling, group_size) in modes.items():
-            results[name] = summarize(
-                parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=advance)
-            )
-            advance(0, f"{name} EM {100 * results[name]['em']:.1f}")
-    tokens = parts.engine.tokens_forwarded - forwarded
-    state.tokens_forwarded += tokens
-    named = {f"{mode}_{name}": value for mode, result in results.items() for name, value in result.items()}
-    log.write(
-        {
-            "phase": "evaluation",
-            "when": when,
-            "step": state.step,
-            **named,
-            "tokens_forwarded": tokens,
-            "seconds": time.perf_counter() - start,
-        }
-    )
-    return results
 
+    def measure(
+        questions: Sequence[Question], sampling: Sampling, group_size: int, progress: Advance
+    ) -> dict[str, float]:
+        return summarize(
+            parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=progress)
+        )
 
-def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The fields of `summary.json`; a value that was not measured is None."""
-    ends = {"before": state.before or {}, "after": after}
-    summary: dict[str, Any] = {}
-    for name, mode, key in (
-        ("em", "greedy", "em"),
-        ("em_sampled", "sampled", "em"),
-        ("f1", "greedy", "f1"),
-        ("hit", "greedy", "hit"),
-        ("hit_sampled", "sampled", "hit"),
-        ("finished", "greedy", "finished"),
-    ):
-        for end, results in ends.items():
-            summary[f"{name}_{end}"] = results.get(mode, {}).get(key)
-    if "clarify/iou" in after.get("greedy", {}):
-        summary |= {f"iou_{end}": results.get("greedy", {}).get("clarify/iou") for end, results in ends.items()}
-    return {
-        **summary,
-        "seconds": round(state.seconds, 1),
-        "steps": state.step,
-        "tokens_forwarded": state.tokens_forwarded,
-        "ig_seconds_share": round(state.seconds_ig / state.seconds_steps, 4) if state.seconds_steps else 0.0,
-        "seed": config.seed,
-    }
-
-
-def summary_line(summary: Mapping[str, Any]) -> str:
-    """The run in one line, e.g. "held-out EM 27.5 -> 41.0 (sampled 11.3 -> 30.1), gold passages .63 -> .78, ...";
-    of scenes the IoU in place of the passages."""
-
-    def change(name: str, show: str) -> str:
-        ends = [summary[f"{name}_before"], summary[f"{name}_after"]]
-        return " -> ".join("-" if value is None else show.format(100 * value, value) for value in ends)
-
-    found, name = ("IoU", "iou") if "iou_after" in summary else ("gold passages", "hit")
-    hits = change(name, "{1:.2f}").replace("0.", ".")
-    return (
-        f"held-out EM {change('em', '{0:.1f}')} (sampled {change('em_sampled', '{0:.1f}')}), "
-        f"{found} {hits}, {summary['steps']} steps, {summary['seconds']:.0f} s"
-    )
-
-
-def questions_of_step(questions: Sequence[Question], count: int, seed: int, step: int) -> list[Question]:
-    """The `count` questions of one step: consecutive ones of a shuffled order that is new in every epoch."""
-    chosen: list[Question] = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, at = divmod(position, len(questions))
-        if not chosen or at == 0:
-            order = random.Random(f"{seed}/questions/{epoch}").sample(range(len(questions)), len(questions))
-        chosen.append(questions[order[at]])
-    return chosen
-
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """An independent seed for one purpose: a function of the arguments alone, in [0, 2**31)."""
-    return random.Random("/".join(map(str, (seed, *purpose)))).getrandbits(31)
+    return evaluate_held_out(measure, config, parts, state, log, when)
