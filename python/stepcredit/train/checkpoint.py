@@ -1,8 +1,8 @@
 """Checkpoints in safetensors: everything a run needs to go on bit for bit.
 
 A checkpoint is a directory with `optimizer.safetensors` (float32 masters and Adam moments), or of several agents
-`optimizer.<agent>.safetensors`, with `reference.safetensors`
-(only where the run keeps a reference policy) and `state.json` (steps done, and what the loop carries along).
+`optimizer.<agent>.safetensors`, with `reference.safetensors` (only where the run keeps a reference policy) and
+`state.json` (steps done, and what the loop carries along).
 The randomness of a step is a function of the run's seed and the step's number, so no generator state is kept.
 """
 
