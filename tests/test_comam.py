@@ -173,20 +173,21 @@ def test_credit_by_hand():
 @pytest.mark.parametrize("options", [{}, {"ddof": 0}, {"scale": "none"}, {"singleton": "zero", "eps": 1e-4}])
 def test_without_the_other_reward_every_agent_is_search_r1_to_the_bit(options):
     """With the weight of the pipeline's reward at 0 on the local reward, and without a local one on the pipeline's."""
-    rows = [*MIXED, (1, "retrieval", 0.3, 1.0)]
-    batch = make(rows)
-    for reward, column in (("local", 2), ("global", 3)):
-        ours = CoMAM(reward=reward, **options)(batch).advantages.split(batch.cu_seqlens.diff().tolist())
+    batch = make([*MIXED, (1, "retrieval", 0.3, 1.0)])
+    bounds = batch.cu_seqlens.tolist()
+    for reward, part in (("local", "local"), ("global", "total")):
+        ours = CoMAM(reward=reward, **options)(batch).advantages
+        assert ours.any()
         for agent in ("extraction", "profile", "retrieval"):
-            alone = make([(g, a, 0.0, (local, total)[column - 2]) for g, a, local, total in rows if a == agent])
-            theirs = SearchR1(**options)(alone, None).advantages.split(alone.cu_seqlens.diff().tolist())
-            mine = [x for x, row in zip(ours, rows, strict=True) if row[1] == agent]
-            # Queries have other numbers, and so other lengths: it is the advantage that is compared.
-            for a, b in zip(mine, theirs, strict=True):
-                assert a[-1] == b[-1]
-    for rollout in batch.rollouts:
+            rows = [b for b, rollout in enumerate(batch.rollouts) if rollout.agent == agent]
+            own = [batch.rollouts[b] for b in rows]
+            alone = [dataclasses.replace(rollout, rewards={"total": rollout.rewards[part]}) for rollout in own]
+            theirs = SearchR1(**options)(RolloutBatch.pack(alone), None).advantages
+            assert torch.equal(torch.cat([ours[bounds[b] : bounds[b + 1]] for b in rows]), theirs)
+    without = make([*MIXED, (1, "retrieval", 0.3, 1.0)])
+    for rollout in without.rollouts:
         del rollout.rewards["local"]
-    assert torch.equal(CoMAM(reward="global")(batch).advantages, CoMAM(reward="global")(make(rows)).advantages)
+    assert torch.equal(CoMAM(reward="global")(without).advantages, CoMAM(reward="global")(batch).advantages)
 
 
 def test_one_agent_with_the_whole_reward_is_search_r1_to_the_bit():
@@ -223,10 +224,10 @@ def test_the_equivalent_code_of_the_documentation():
 
 def test_the_documentations_commands_are_right():
     section = DOCS.split("\n## `comam`")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("python -m stepcredit.train comam")]
-    assert len(lines) == 3
-    for line in lines:
-        assert apply_overrides(get_recipe("comam"), line.split()[4:]).memory.conversations
+    commands = re.findall(r"^python -m stepcredit\.train comam(.*)$", section.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert apply_overrides(get_recipe("comam"), command.split()).memory.conversations
     words = section.replace("`", " ").replace(",", " ").split()
     assert {w.split("=")[0] for w in words if w.startswith(("memory.", "credit."))} <= set(flatten(get_recipe("comam")))
 

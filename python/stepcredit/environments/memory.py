@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,8 +223,9 @@ class MemoryEnvironment(SearchEnvironment):
         for turn, searched, fault, opened, task in zip(turns, searches, faults, forced, questions, strict=True):
             if not isinstance(task, AgentTask):
                 raise ValueError(f"question {task.id!r} is no task of a memory pipeline: it has no memory to search")
-            self.retriever = MemoryRetriever(task.memory)
-            responses += super().respond([turn], [searched], [fault], [opened])
+            desk = copy(self)  # nothing of one rollout stays behind for another
+            desk.retriever = MemoryRetriever(task.memory)
+            responses += SearchEnvironment.respond(desk, [turn], [searched], [fault], [opened])
         return responses
 
 

@@ -86,7 +86,9 @@ def build_agents(
         }
     peft = require_peft()
     model, tokenizer = load_policy(config.model.name, device=device, dtype=dtype, texts=texts, seed=config.seed)
-    adapters = {name: _lora(config) for name in GRAMMARS}
+    # The directory of a packaged model, which PEFT does not know by our name. A random one has none.
+    base = model.name_or_path or config.model.name
+    adapters = {name: _lora(config, base) for name in GRAMMARS}
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
         torch.manual_seed(config.seed)
@@ -109,7 +111,7 @@ def require_peft() -> Any:
     return peft.functional
 
 
-def _lora(config: TrainConfig) -> Any:
+def _lora(config: TrainConfig, base: str) -> Any:
     from peft import LoraConfig
 
     settings = config.memory
@@ -117,7 +119,7 @@ def _lora(config: TrainConfig) -> Any:
         r=settings.rank,
         lora_alpha=settings.lora_alpha,
         target_modules="all-linear",
-        base_model_name_or_path=config.model.name,
+        base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
 

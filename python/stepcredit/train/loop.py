@@ -24,8 +24,11 @@ from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step
+from stepcredit.train.engine import Sampling
+from stepcredit.train.evaluation import evaluate_held_out
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
+from stepcredit.train.progress import Advance
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, reference_policy
 from stepcredit.train.summary import summarize_run, summary_line
@@ -301,32 +304,12 @@ def evaluate(
     config: TrainConfig, parts: Parts, state: State, log: MetricsLog, when: str
 ) -> dict[str, dict[str, float]]:
     """Greedy and sampled (temperature 1) rollouts of the held-out questions, summarised; the same draws each time."""
-    questions = getattr(parts.dataset, config.evaluation.split)[: config.evaluation.questions]
-    sampled = replace(config.sampling.build(derive_seed(config.seed, "evaluation")), temperature=1.0, top_p=1.0)
-    modes = {"greedy": (replace(sampled, greedy=True), 1)}
-    if config.evaluation.samples:
-        modes["sampled"] = (sampled, config.evaluation.samples)
-    start, forwarded = time.perf_counter(), parts.engine.tokens_forwarded
-    results = {}
-    with parts.reporter.task(
-        f"evaluation {when}", len(questions) * sum(group_size for _, group_size in modes.values())
-    ) as advance:
-        for name, (sampling, group_size) in modes.items():
-            results[name] = summarize(
-                parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=advance)
-            )
-            advance(0, f"{name} EM {100 * results[name]['em']:.1f}")
-    tokens = parts.engine.tokens_forwarded - forwarded
-    state.tokens_forwarded += tokens
-    named = {f"{mode}_{name}": value for mode, result in results.items() for name, value in result.items()}
-    log.write(
-        {
-            "phase": "evaluation",
-            "when": when,
-            "step": state.step,
-            **named,
-            "tokens_forwarded": tokens,
-            "seconds": time.perf_counter() - start,
-        }
-    )
-    return results
+
+    def measure(
+        questions: Sequence[Question], sampling: Sampling, group_size: int, progress: Advance
+    ) -> dict[str, float]:
+        return summarize(
+            parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=progress)
+        )
+
+    return evaluate_held_out(measure, config, parts, state, log, when)

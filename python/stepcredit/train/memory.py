@@ -24,8 +24,9 @@ from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Rollout, RolloutBatch
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
+from stepcredit.train.draws import derive_seed, questions_of_step
 from stepcredit.train.engine import Sampling
-from stepcredit.train.loop import derive_seed, questions_of_step, summarize_run, summary_line
+from stepcredit.train.evaluation import evaluate_held_out
 from stepcredit.train.memory_setup import MemoryParts, fits, turn_tokens
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics
 from stepcredit.train.overrides import to_json
@@ -38,6 +39,7 @@ from stepcredit.train.pipeline import (
     sampled_metrics,
 )
 from stepcredit.train.progress import Advance
+from stepcredit.train.summary import summarize_run, summary_line
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
 
@@ -198,35 +200,15 @@ def evaluate(
     config: TrainConfig, parts: MemoryParts, state: State, log: MetricsLog, when: str
 ) -> dict[str, dict[str, float]]:
     """Greedy and sampled (temperature 1) trajectories of the held-out questions; the same draws each time."""
-    questions = cast(list[MemoryQuestion], getattr(parts.dataset, config.evaluation.split))
-    questions = questions[: config.evaluation.questions]
-    sampled = replace(config.sampling.build(derive_seed(config.seed, "evaluation")), temperature=1.0, top_p=1.0)
-    modes = {"greedy": (replace(sampled, greedy=True), 1)}
-    if config.evaluation.samples:
-        modes["sampled"] = (sampled, config.evaluation.samples)
-    start, before = time.perf_counter(), parts.tokens_forwarded
-    results = {}
-    total = len(AGENTS) * len(questions) * sum(group_size for _, group_size in modes.values())
-    with parts.reporter.task(f"evaluation {when}", total) as advance:
-        for name, (sampling, group_size) in modes.items():
-            trajectories = _sample(config, parts, questions, sampling, group_size, advance)
-            assign_pipeline_rewards(trajectories, config.memory, parts.judge)
-            results[name] = pipeline_metrics(trajectories)
-            advance(0, f"{name} EM {100 * results[name]['em']:.1f}")
-    tokens = parts.tokens_forwarded - before
-    state.tokens_forwarded += tokens
-    named = {f"{mode}_{name}": value for mode, result in results.items() for name, value in result.items()}
-    log.write(
-        {
-            "phase": "evaluation",
-            "when": when,
-            "step": state.step,
-            **named,
-            "tokens_forwarded": tokens,
-            "seconds": time.perf_counter() - start,
-        }
-    )
-    return results
+
+    def measure(
+        questions: Sequence[MemoryQuestion], sampling: Sampling, group_size: int, progress: Advance
+    ) -> dict[str, float]:
+        trajectories = _sample(config, parts, questions, sampling, group_size, progress)
+        assign_pipeline_rewards(trajectories, config.memory, parts.judge)
+        return pipeline_metrics(trajectories)
+
+    return evaluate_held_out(measure, config, parts, state, log, when, agents=len(AGENTS))
 
 
 def _sample(

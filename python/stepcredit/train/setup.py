@@ -63,6 +63,11 @@ class Parts:
         """How long was waited for the retriever so far."""
         return self.retriever.seconds if self.retriever is not None else 0.0
 
+    @property
+    def tokens_forwarded(self) -> int:
+        """Tokens that the engine has run through the model so far."""
+        return self.engine.tokens_forwarded
+
 
 def build(config: TrainConfig, reporter: Reporter) -> Parts:
     """Load data, model and tokenizer, index the corpus, and put the parts together.
