@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from statistics import fmean
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from stepcredit.train.checkpoint import State, load_checkpoint
 from stepcredit.train.memory import train_memory, train_step
 from stepcredit.train.memory_setup import build_memory
 from stepcredit.train.metrics import documented
+from stepcredit.train.pipeline import assign_pipeline_rewards
 from stepcredit.train.progress import Reporter
 from stepcredit.train.setup import build
 from tiny_run import same, tiny_config
@@ -153,6 +155,33 @@ def test_no_token_of_the_environment_has_an_advantage(monkeypatch, rewarded):
     assert torch.equal(CoMAM()(together).advantages, torch.cat([credit.advantages for _, credit in seen]))
     for batch, _ in seen:
         assert torch.equal(CoMAM(reward="global")(batch).advantages, SearchR1()(batch, None).advantages)
+
+
+def test_twenty_steps_teach_every_agent_its_own_reward_and_the_pipeline_its(monkeypatch):
+    """Each agent is paid for words of its own, the pipeline for what the retrieval agent is paid for: all rewards rise,
+    and the retrieval agent, whose reward ranks the trajectories as the pipeline's does, has the largest weight."""
+    wanted = {name: number for number, name in enumerate(AGENTS)}
+
+    def paid(trajectories, settings, judge):
+        assign_pipeline_rewards(trajectories, settings, judge)
+        for t in trajectories:
+            for name, rollout in t.rollouts.items():
+                ids = [i for s in rollout.spans if s.by_policy for i in rollout.tokens[s.start : s.stop]]
+                rollout.rewards["local"] = fmean(i % len(AGENTS) == wanted[name] for i in ids)
+            right = float(t.rollouts["retrieval"].rewards["local"] > 0.5)
+            for rollout in t.rollouts.values():
+                rollout.rewards["total"] = right
+
+    monkeypatch.setattr(memory, "assign_pipeline_rewards", paid)
+    config, parts = fresh_parts("memory.agents=models", "optimizer.learning_rate=0.05")
+    lines = [train_step(config, parts, State(), step) for step in range(20)]
+    assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
+    for name in ("reward", *(f"comam/reward_{agent}" for agent in AGENTS)):
+        first, last = (fmean(line[name] for line in some) for some in (lines[:4], lines[-4:]))
+        assert last > first + 0.4, (name, first, last)
+    undecided = [line for line in lines if 0 < line["reward"] < 1]
+    weights = {agent: fmean(line[f"comam/weight_{agent}"] for line in undecided) for agent in AGENTS}
+    assert max(weights, key=weights.__getitem__) == "retrieval"
 
 
 def test_the_agents_that_are_written_are_those_that_were_trained(tmp_path, rewarded):
