@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,13 @@ import torch
 from stepcredit.credit import CreditMethod
 from stepcredit.credit.base import taught_by_average, taught_by_reference
 from stepcredit.data.demonstrations import Demonstration, demonstrations, in_parallel
-from stepcredit.evaluate import summarize
 from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, Rollout, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step
+from stepcredit.train.evaluation import evaluate
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
 from stepcredit.train.rewards import assign_rewards
@@ -66,7 +65,7 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
         if roles:
             roles.warm_start(state, log)
         else:
-            warm_start(config, parts, state, log, training_scripts(config, parts))
+            warm_start(config, parts, state, log)
         reference = reference_policy(config, parts)
         state.before = evaluate(config, parts, state, log, "before")
     started -= state.seconds + parts.seconds
@@ -229,36 +228,25 @@ def step_note(metrics: Mapping[str, Any]) -> str:
     return f"reward {metrics['reward']:.2f}  {last}"
 
 
-def training_scripts(config: TrainConfig, parts: Parts) -> list[Demonstration]:
-    """Demonstrations of training questions, as many as the warm start takes."""
-    settings = config.warm_start
-    questions = [q for q in parts.dataset.train if q.plan or not settings.mix.needs_plan]
-    count = settings.steps * settings.batch
-    if count and not questions:
-        raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
-    chosen = questions_of_step(questions, count, derive_seed(config.seed, "warm start"), 0)
-    scripts = demonstrations(chosen, settings.mix, derive_seed(config.seed, "demonstrations"))
-    if parts.environment.protocol.several_queries:
-        scripts = in_parallel(
-            scripts,
-            several=settings.several,
-            merged=settings.merged,
-            seed=derive_seed(config.seed, "parallel queries"),
-        )
-    return scripts
-
-
 def warm_start(
     config: TrainConfig,
     parts: Parts,
     state: State,
     log: MetricsLog,
-    scripts: Sequence[Demonstration],
+    *,
+    questions: Sequence[Question] | None = None,
     also: Callable[[int], list[Rollout]] = lambda step: [],
 ) -> None:
-    """Supervised steps on demonstrations, and on rollouts of another role that `also` gives for each step; afterwards
-    the optimizer starts afresh."""
+    """Supervised steps on demonstrations of training questions, or of those given, and on rollouts of another role that
+    `also` gives for each step; afterwards the optimizer starts afresh."""
     settings = config.warm_start
+    if questions is None:
+        known = [q for q in parts.dataset.train if q.plan or not settings.mix.needs_plan]
+        count = settings.steps * settings.batch
+        if count and not known:
+            raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
+        questions = questions_of_step(known, count, derive_seed(config.seed, "warm start"), 0)
+    scripts = warm_start_scripts(config, parts, questions)
     with parts.reporter.task("warm start", settings.steps) as advance:
         for step in range(settings.steps):
             start = time.perf_counter()
@@ -291,36 +279,15 @@ def warm_start(
     parts.optimizer.restart()
 
 
-def evaluate(
-    config: TrainConfig, parts: Parts, state: State, log: MetricsLog, when: str
-) -> dict[str, dict[str, float]]:
-    """Greedy and sampled (temperature 1) rollouts of the held-out questions, summarised; the same draws each time."""
-    questions = getattr(parts.dataset, config.evaluation.split)[: config.evaluation.questions]
-    sampled = replace(config.sampling.build(derive_seed(config.seed, "evaluation")), temperature=1.0, top_p=1.0)
-    modes = {"greedy": (replace(sampled, greedy=True), 1)}
-    if config.evaluation.samples:
-        modes["sampled"] = (sampled, config.evaluation.samples)
-    start, forwarded = time.perf_counter(), parts.engine.tokens_forwarded
-    results = {}
-    with parts.reporter.task(
-        f"evaluation {when}", len(questions) * sum(group_size for _, group_size in modes.values())
-    ) as advance:
-        for name, (sampling, group_size) in modes.items():
-            results[name] = summarize(
-                parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=advance)
-            )
-            advance(0, f"{name} EM {100 * results[name]['em']:.1f}")
-    tokens = parts.engine.tokens_forwarded - forwarded
-    state.tokens_forwarded += tokens
-    named = {f"{mode}_{name}": value for mode, result in results.items() for name, value in result.items()}
-    log.write(
-        {
-            "phase": "evaluation",
-            "when": when,
-            "step": state.step,
-            **named,
-            "tokens_forwarded": tokens,
-            "seconds": time.perf_counter() - start,
-        }
-    )
-    return results
+def warm_start_scripts(config: TrainConfig, parts: Parts, questions: Sequence[Question]) -> list[Demonstration]:
+    """A demonstration of each question."""
+    settings = config.warm_start
+    scripts = demonstrations(questions, settings.mix, derive_seed(config.seed, "demonstrations"))
+    if parts.environment.protocol.several_queries:
+        scripts = in_parallel(
+            scripts,
+            several=settings.several,
+            merged=settings.merged,
+            seed=derive_seed(config.seed, "parallel queries"),
+        )
+    return scripts
