@@ -27,6 +27,7 @@ from tiny_run import tiny_parts
 from tokenizers_under_test import BUILT
 
 TOKENIZER = BUILT["byte_bpe"]()
+SPECIAL = TOKENIZER.eos_token
 LYON = Passage("lyon", "Lyon", "Lyon is a city in France.")
 FRANCE = Passage("france", "France", "The capital of France is Paris. Its calling code is +33.")
 SEARCHED = "<search> France </search>"
@@ -139,6 +140,8 @@ def test_an_accepted_question_has_its_answer_and_its_path():
         (walk(asks("Who?", "the")), "format"),  # nothing is left of it
         (walk(asks("Who? <search> x", "Paris")), "format"),
         (walk(asks("Who?", "<information> Paris")), "format"),
+        (walk(asks(f"Who? {SPECIAL}", "Paris")), "format"),
+        (walk(asks("Who?", f"Paris {SPECIAL}")), "format"),
         (walk(asks("Capital?", "Paris"), shown=None), "no_search"),
         (walk(asks("Capital?", "Paris"), shown=()), "no_search"),
         (walk(asks("Capital?", "Rome")), "unsupported"),

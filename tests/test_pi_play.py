@@ -157,7 +157,7 @@ def test_advantages_are_those_of_search_r1_to_the_bit(world, options):
 def test_without_a_weight_or_a_path_the_update_is_that_of_search_r1_to_the_bit(without):
     states, found = [], []
     for method in (SearchR1(), PiPlay(weight=0.0 if without == "weight" else 1.0)):
-        parts = tiny_parts(searching=True)
+        parts = tiny_parts()
         batch = played(parts, 8, group_size=4)
         batch = with_paths(batch, 0, 1) if without == "weight" else batch
         for _ in range(2):
@@ -174,9 +174,9 @@ def test_without_a_weight_or_a_path_the_update_is_that_of_search_r1_to_the_bit(w
 
 
 def test_the_weight_pulls_towards_the_teacher():
-    parts = tiny_parts(searching=True)
+    parts = tiny_parts()
     batch = with_paths(played(parts, 8, group_size=4), 0, 1)
-    teacher = PolicyScorer(frozen_copy(tiny_parts(searching=True).model), parts.tokenizer, parts.scorer.protocol)
+    teacher = another(parts.scorer)
     losses = []
     for _ in range(6):
         credit = PiPlay(weight=1.0)(batch, parts.scorer, teacher=teacher)

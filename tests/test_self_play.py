@@ -12,9 +12,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stepcredit.branches.policy_tokens import score_tokens
 from stepcredit.credit import SearchR1
 from stepcredit.data.demonstrations import Demonstration
-from stepcredit.rollout import Question
+from stepcredit.report.curves import draw_curves
+from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.scorer import PolicyScorer
 from stepcredit.train import __main__ as command
 from stepcredit.train import loop, self_play
 from stepcredit.train.checkpoint import State, load_checkpoint
@@ -23,7 +26,7 @@ from stepcredit.train.metrics import MetricsLog, documented
 from stepcredit.train.overrides import apply_overrides, from_json, to_json
 from stepcredit.train.recipes import get_recipe
 from stepcredit.train.self_play import SelfPlay
-from stepcredit.train.setup import Parts
+from stepcredit.train.setup import Parts, frozen_copy
 from stepcredit.train.warm_start import play
 from tiny_run import same, tiny_parts
 
@@ -87,14 +90,20 @@ def scripted_roles(monkeypatch: pytest.MonkeyPatch, script: Script) -> list[Self
     return made
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Drawing takes longer than a step."""
+    monkeypatch.setattr(loop, "draw_curves", lambda metrics, path: "")
+
+
 @pytest.fixture
 def roles(monkeypatch) -> list[SelfPlay]:
     return scripted_roles(monkeypatch, writes)
 
 
 def scripted_parts(dtype: torch.dtype = torch.float32) -> Parts:
-    """A policy that is trained on what the student's script says."""
-    parts = tiny_parts(dtype, searching=True)
+    """A random policy, and a student that follows its script."""
+    parts = tiny_parts(dtype)
     engine, dataset = Scripted(parts.tokenizer, answers), dataclasses.replace(parts.dataset, train=[])
     return dataclasses.replace(parts, engine=engine, dataset=dataset)
 
@@ -126,12 +135,12 @@ def test_iterations_alternate_and_what_they_log(tmp_path, roles):
         assert (line["pi_play/accepted"], line["pi_play/rejected_duplicate"]) == (4, 2)
         assert line["pi_play/rejected_unsupported"] == 2
         assert sum(v for k, v in line.items() if k.startswith("pi_play/rejected_")) + 4 == line["rollouts"] == 8
-        # Two questions are right once in four attempts, and worth 1 and the format; two always, and worth that alone.
+        # Two questions are right once in four attempts, and worth 3/4 and the format; two always, and worth that alone.
         assert (line["pi_play/success_1_of_4"], line["pi_play/success_4_of_4"]) == (2, 2)
         assert sum(v for k, v in line.items() if k.startswith("pi_play/success_")) == 4
         assert line["pi_play/success"] == pytest.approx(5 / 8)
-        assert line["reward"] == pytest.approx((2 * 1.1 + 2 * 0.1) / 8)
-        assert (line["reward_format"], line["reward_difficulty"]) == (0.5, 0.25)
+        assert line["reward"] == pytest.approx((2 * 0.85 + 2 * 0.1) / 8)
+        assert (line["reward_format"], line["reward_difficulty"]) == (0.5, 0.1875)
         assert line["grad_norm"] > 0
         assert "em" not in line
     for line in (*steps[1:3], *steps[4:]):
@@ -140,7 +149,9 @@ def test_iterations_alternate_and_what_they_log(tmp_path, roles):
         assert 0 < line["pi_play/ema_distance"] < 1
         assert line["pi_play/without_path"] == 0
         assert 0 < line["em"] <= 1
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    for drawn in (steps, steps[:1]):  # no step of the student's yet
+        assert draw_curves(drawn, path := tmp_path / "curves.png") == f"learning curves: {path}"
+    assert path.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_average_moves_after_student_steps_alone(roles):
@@ -194,6 +205,53 @@ def test_without_a_question_the_student_s_step_is_skipped_and_says_so(tmp_path, 
     assert roles[0].average.distance() == 0
 
 
+def test_twenty_steps_stay_finite_and_move_towards_the_teacher(tmp_path, roles):
+    """Scripts play the same rollouts under either weight: what is left of the divergence is the weight's doing."""
+    left = {}
+    for weight in (1.0, 1e-9):
+        run(
+            tmp_path / f"{weight}",
+            "steps=20",
+            "self_play.student_steps=4",
+            "self_play.seeds=1",
+            f"credit.weight={weight}",
+        )
+        steps = [line for line in lines_of(tmp_path / f"{weight}") if line["phase"] in ("examiner", "grpo")]
+        assert len(steps) == 20
+        assert all(math.isfinite(v) for line in steps for v in line.values() if isinstance(v, float))
+        left[weight] = [line["pi_play/loss"] for line in steps if line["phase"] == "grpo"]
+    assert left[1.0][0] == left[1e-9][0] > 0
+    assert sum(left[1.0][-4:]) < 0.9 * sum(left[1e-9][-4:])
+
+
+def test_the_examiner_moves_towards_what_earned_most(roles):
+    both = SelfPlay(pi_config(), scripted_parts())
+    walks, rollout, parts = [], both.engine.rollout, both.parts
+    both.engine.rollout = lambda *rest, **more: walks.extend(rollout(*rest, **more)) or walks
+    before = PolicyScorer(frozen_copy(parts.model), parts.tokenizer, parts.scorer.protocol)
+    both.step(State(), 0, None)
+    batch = RolloutBatch.pack(walks)
+    after, start = (
+        score_tokens(batch, scorer, batch.policy_mask, temperature=1.0) for scorer in (parts.scorer, before)
+    )
+    rises = [float(rise.sum()) for rise in (after - start).split(batch.cu_seqlens.diff().tolist())]
+    for first in (0, 4):
+        rewards = [walk.reward for walk in walks[first : first + 4]]
+        assert rewards == pytest.approx([0.85, 0.1, 0, 0])
+        assert rises[first] == max(rises[first : first + 4]) > 0
+
+
+def test_the_warm_start_speaks_the_students_grammar(tmp_path, roles):
+    """With several queries a search the student is shown several, as without self-play."""
+    several = ("environment.protocol=multi_search", "warm_start.several=1")
+    config = pi_config(*several, "warm_start.steps=1", "warm_start.batch=8")
+    parts = scripted_parts()
+    parts.environment.protocol = config.environment.grammar
+    SelfPlay(config, parts).warm_start(State(), MetricsLog(tmp_path / "m.jsonl"))
+    (line,) = MetricsLog(tmp_path / "m.jsonl").read()
+    assert line["reward_multi_query"] > 0
+
+
 def test_another_credit_needs_no_average(roles):
     both, state = SelfPlay(dataclasses.replace(pi_config(), credit=SearchR1()), scripted_parts()), State()
     assert both.average is None
@@ -209,9 +267,9 @@ def test_another_credit_needs_no_average(roles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_run_resumes_inside_an_iteration_bit_for_bit(tmp_path, roles, dtype):
     options = ("checkpoint_every=1", "loss.kl_coef=0.1")
-    whole = run(tmp_path / "whole", "steps=5", *options, dtype=dtype)
+    whole = run(tmp_path / "whole", "steps=4", *options, dtype=dtype)
     run(tmp_path / "parts", "steps=2", *options, dtype=dtype)
-    resumed = run(tmp_path / "parts", "steps=5", *options, resume=True, dtype=dtype)
+    resumed = run(tmp_path / "parts", "steps=4", *options, resume=True, dtype=dtype)
     average, _, again = (both.average for both in roles)
     assert same(whole.optimizer.state(), resumed.optimizer.state())
     assert same(average.state(), again.state())
@@ -283,7 +341,7 @@ def test_scenes_have_nothing_to_walk(capsys, tmp_path):
 
 
 def test_the_configuration_round_trips_and_is_checked():
-    config = pi_config("self_play.difficulty=medium")
+    config = pi_config("self_play.difficulty=hard")
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     assert [config.self_play.place(step) for step in range(4)] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert not TrainConfig().self_play.enabled
@@ -291,7 +349,7 @@ def test_the_configuration_round_trips_and_is_checked():
     assert recipe.steps == 3 * (recipe.self_play.examiner_steps + recipe.self_play.student_steps)
     for override, message in (
         ("self_play.attempts=1", "self_play.attempts must be at least 2, got 1"),
-        ("self_play.difficulty=easy", "self_play.difficulty must be one of hard, medium, got 'easy'"),
+        ("self_play.difficulty=easy", "self_play.difficulty must be one of medium, hard, got 'easy'"),
         ("self_play.format=inf", "self_play.format must be finite, got inf"),
         ("self_play.student_steps=0", "self_play.student_steps must be at least 1, got 0"),
     ):

@@ -16,7 +16,7 @@ from stepcredit.environments import ClarifyEnvironment
 from stepcredit.rollout import SpanKind
 from stepcredit.train.checkpoint import State
 from stepcredit.train.engine import HFEngine
-from stepcredit.train.loop import summary_line, train, train_step, training_scripts, warm_start
+from stepcredit.train.loop import summary_line, train, train_step, warm_start
 from stepcredit.train.metrics import MetricsLog, documented
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.overrides import apply_overrides
@@ -96,7 +96,7 @@ def test_the_turn_level_teaches_what_to_ask(tmp_path):
                            "environment.max_searches=1", "optimizer.learning_rate=3e-3", "credit.trajectory=0",
                            "credit.share_start=0")  # fmt: skip
     parts = parts_of(built())
-    warm_start(config, parts, State(), MetricsLog(tmp_path / "metrics.jsonl"), training_scripts(config, parts))
+    warm_start(config, parts, State(), MetricsLog(tmp_path / "metrics.jsonl"))
     colours = [q for q in parts.dataset.train if q.plan == ("What colour is it?",)]
     parts = replace(parts, dataset=replace(parts.dataset, train=colours))
     steps = [train_step(config, parts, State(), step, None) for step in range(config.steps)]

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from stepcredit._names import nearest
 from stepcredit._queries import Queries, cut_queries
 from stepcredit.rollout import Question, SpanKind
-from stepcredit.tokens import encode, leading_bos
+from stepcredit.tokens import encode, leading_bos, special_text
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Passage
@@ -180,10 +180,9 @@ class Protocol:
         if style == "chat":
             if tokenizer.chat_template is None:
                 raise ValueError("style='chat' needs a tokenizer with a chat template; this one has none, use 'plain'")
-            special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-            if found := [token for token in special if token in text]:
+            if found := special_text(tokenizer, text):
                 raise ValueError(
-                    f"question {question.id!r} holds {found[0]!r}, a special token of the tokenizer, which "
+                    f"question {question.id!r} holds {found!r}, a special token of the tokenizer, which "
                     "style='chat' would feed as a control token: leave the question out, or use 'plain'"
                 )
             messages = [{"role": "user", "content": f"{self.instruction}\n{text}"}]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stepcredit.data.conversations import Fact
 
 #: How the examiner of self-play is paid for the difficulty of its question (`difficulty_reward`).
-Difficulty = Literal["hard", "medium"]
+Difficulty = Literal["medium", "hard"]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -97,14 +97,14 @@ def any_gold_hit(rollout: Rollout) -> float | None:
     return float(not supporting.isdisjoint(_shown(rollout)))
 
 
-def difficulty_reward(right: int, attempts: int, form: Difficulty = "hard") -> float:
+def difficulty_reward(right: int, attempts: int, form: Difficulty = "medium") -> float:
     """What a question is worth to its examiner when `right` of `attempts` are, in [0, 1]; 0 for none and for all.
 
     Args:
         right: k, at least 0 and at most n.
         attempts: n, at least 2.
-        form: "hard" is (n - k) / (n - 1), most where one attempt is right; "medium" is 4 k (n - k) / n^2, most where
-            half of them are.
+        form: "medium" is 4 k (n - k) / n^2, most where half of the attempts are right; "hard" is (n - k) / (n - 1),
+            most where one is.
 
     Source: pi-Play (arXiv 2604.14054) rewards medium difficulty by a formula that is not known; both are ours.
     """

@@ -18,6 +18,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def special_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """A special token of this tokenizer whose text stands in the text; None where there is none."""
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return next((token for token in special if token in text), None)
+
+
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What this tokenizer puts before every text: its BOS, or nothing."""
     bos = tokenizer.bos_token_id

@@ -22,12 +22,12 @@ from stepcredit.protocol import Piece, Protocol, Turn, escape_tags
 from stepcredit.retrieval import Passage
 from stepcredit.rewards import normalize_answer
 from stepcredit.rollout import Question, Rollout, SpanKind
-from stepcredit.tokens import decode
+from stepcredit.tokens import decode, special_text
 
 #: Why a walk's question is rejected, in the order in which it is checked:
-#: "format" (no closed question with a closed answer after it, one of them empty, or with tags inside), "no_search" (no
-#: search showed a passage), "unsupported" (the answer stands in no passage that was shown), "leaks" (it stands in the
-#: question), "duplicate" (the question was accepted before).
+#: "format" (no closed question with a closed answer after it, one of them empty, or with tags or the text of a special
+#: token inside), "no_search" (no search showed a passage), "unsupported" (the answer stands in no passage that was
+#: shown), "leaks" (it stands in the question), "duplicate" (the question was accepted before).
 REASONS = ("format", "no_search", "unsupported", "leaks", "duplicate")
 
 _WRITTEN = re.compile(
@@ -128,8 +128,8 @@ class ExaminerEnvironment(SearchEnvironment):
 
     def _verify(self, walk: Rollout, tokenizer: PreTrainedTokenizerBase, asked: set[str], name: str) -> Verdict:
         written = EXAMINER.written(_last_turn(walk, tokenizer)) if walk.finish == "answered" else None
-        if written is None:
-            return Verdict(None, "format")
+        if written is None or special_text(tokenizer, "\n".join(written)) is not None:
+            return Verdict(None, "format")  # a chat template would read the text of a special token as that token
         question, answer = written
         path = construction_path(walk, tokenizer)
         if len(path) < 2:

@@ -39,14 +39,14 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
         One sentence to print: where the curves are, or why there are none.
     """
     steps = [m for m in metrics if m["phase"] == "grpo"]
-    if not steps:
+    examiner = [m for m in metrics if m["phase"] == "examiner"]
+    if not steps and not examiner:
         return f"{path} was not drawn: no GRPO step was made"
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return f"{path} was not drawn: matplotlib is not installed (pip install matplotlib)"
     evaluations = {m["when"]: m for m in metrics if m["phase"] == "evaluation"}
-    examiner = [m for m in metrics if m["phase"] == "examiner"]
     panels = [_EXAMINER if examiner and panel[0].startswith("Information") else panel for panel in _PANELS]
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(2, 3).flat, panels, strict=True):

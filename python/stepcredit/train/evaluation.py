@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from stepcredit.data import Dataset
+from stepcredit.evaluate import summarize
+from stepcredit.rollout import Question
 from stepcredit.train.checkpoint import State
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed
 from stepcredit.train.engine import Sampling
 from stepcredit.train.metrics import MetricsLog
 from stepcredit.train.progress import Advance, Reporter
+from stepcredit.train.setup import Parts
 
 #: Called with questions, the sampling, the number of rollouts of each question, and what progress is reported to; rolls
 #: the questions out and gives metrics, "em" among them.
@@ -83,3 +86,17 @@ def evaluate_held_out(
         }
     )
     return results
+
+
+def evaluate(
+    config: TrainConfig, parts: Parts, state: State, log: MetricsLog, when: str
+) -> dict[str, dict[str, float]]:
+    """`evaluate_held_out` of one policy, by `stepcredit.evaluate.summarize`."""
+
+    def measure(
+        questions: Sequence[Question], sampling: Sampling, group_size: int, progress: Advance
+    ) -> dict[str, float]:
+        rollout = parts.engine.rollout
+        return summarize(rollout(questions, parts.environment, sampling, group_size=group_size, progress=progress))
+
+    return evaluate_held_out(measure, config, parts, state, log, when)

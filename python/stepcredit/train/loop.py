@@ -17,18 +17,15 @@ import torch
 from stepcredit.credit import CreditMethod
 from stepcredit.credit.base import taught_by_average, taught_by_reference
 from stepcredit.data.demonstrations import Demonstration, demonstrations, in_parallel
-from stepcredit.evaluate import summarize
 from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, Rollout, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step
-from stepcredit.train.engine import Sampling
-from stepcredit.train.evaluation import evaluate_held_out
+from stepcredit.train.evaluation import evaluate
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_metrics
 from stepcredit.train.overrides import to_json
-from stepcredit.train.progress import Advance
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, reference_policy
 from stepcredit.train.summary import summarize_run, summary_line
@@ -69,7 +66,7 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
         if roles:
             roles.warm_start(state, log)
         else:
-            warm_start(config, parts, state, log, training_scripts(config, parts))
+            warm_start(config, parts, state, log)
         reference = reference_policy(config, parts)
         state.before = evaluate(config, parts, state, log, "before")
     started -= state.seconds + parts.seconds
@@ -232,28 +229,25 @@ def step_note(metrics: Mapping[str, Any]) -> str:
     return f"reward {metrics['reward']:.2f}  {last}"
 
 
-def training_scripts(config: TrainConfig, parts: Parts) -> list[Demonstration]:
-    """Demonstrations of training questions, as many as the warm start takes."""
-    settings = config.warm_start
-    questions = [q for q in parts.dataset.train if q.plan or not settings.mix.needs_plan]
-    count = settings.steps * settings.batch
-    if count and not questions:
-        raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
-    chosen = questions_of_step(questions, count, derive_seed(config.seed, "warm start"), 0)
-    return warm_start_scripts(config, parts, chosen)
-
-
 def warm_start(
     config: TrainConfig,
     parts: Parts,
     state: State,
     log: MetricsLog,
-    scripts: Sequence[Demonstration],
+    *,
+    questions: Sequence[Question] | None = None,
     also: Callable[[int], list[Rollout]] = lambda step: [],
 ) -> None:
-    """Supervised steps on demonstrations, and on rollouts of another role that `also` gives for each step; afterwards
-    the optimizer starts afresh."""
+    """Supervised steps on demonstrations of training questions, or of those given, and on rollouts of another role that
+    `also` gives for each step; afterwards the optimizer starts afresh."""
     settings = config.warm_start
+    if questions is None:
+        known = [q for q in parts.dataset.train if q.plan or not settings.mix.needs_plan]
+        count = settings.steps * settings.batch
+        if count and not known:
+            raise ValueError(f"warm_start.steps={settings.steps}, but no training question has a plan to demonstrate")
+        questions = questions_of_step(known, count, derive_seed(config.seed, "warm start"), 0)
+    scripts = warm_start_scripts(config, parts, questions)
     with parts.reporter.task("warm start", settings.steps) as advance:
         for step in range(settings.steps):
             start = time.perf_counter()
@@ -298,18 +292,3 @@ def warm_start_scripts(config: TrainConfig, parts: Parts, questions: Sequence[Qu
             scripts = in_parallel(scripts, several=settings.several, merged=settings.merged, seed=seed)
         episodes.append(scripts)
     return [replace(first, later=tuple(later)) for first, *later in zip(*episodes, strict=True)]
-
-
-def evaluate(
-    config: TrainConfig, parts: Parts, state: State, log: MetricsLog, when: str
-) -> dict[str, dict[str, float]]:
-    """Greedy and sampled (temperature 1) rollouts of the held-out questions, summarised; the same draws each time."""
-
-    def measure(
-        questions: Sequence[Question], sampling: Sampling, group_size: int, progress: Advance
-    ) -> dict[str, float]:
-        return summarize(
-            parts.engine.rollout(questions, parts.environment, sampling, group_size=group_size, progress=progress)
-        )
-
-    return evaluate_held_out(measure, config, parts, state, log, when)

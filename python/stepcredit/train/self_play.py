@@ -16,7 +16,6 @@ import torch
 
 from stepcredit.credit import SearchR1
 from stepcredit.credit.base import taught_by_average
-from stepcredit.data.demonstrations import demonstrations
 from stepcredit.data.walks import scripted_walks
 from stepcredit.environments.examiner import EXAMINER, REASONS, ExaminerEnvironment, Verdict, seed_question
 from stepcredit.rewards import difficulty_reward, exact_match
@@ -79,8 +78,6 @@ class SelfPlay:
             passage_words=config.environment.passage_words,
             seed=derive_seed(config.seed, "walks"),
         )
-        questions = [walk.question for walk in walks]
-        scripts = demonstrations(questions, settings.mix, derive_seed(config.seed, "demonstrations"))
 
         def examiners(step: int) -> list[Rollout]:
             shown = walks[step * settings.batch : (step + 1) * settings.batch]
@@ -95,7 +92,7 @@ class SelfPlay:
                 rollout.rewards["total"] = 0.0  # nothing is rewarded in a warm start
             return rollouts
 
-        warm_start(config, parts, state, log, scripts, examiners)
+        warm_start(config, parts, state, log, questions=[walk.question for walk in walks], also=examiners)
         if self.average is not None:
             self.average.restart()
 

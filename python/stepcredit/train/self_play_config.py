@@ -23,8 +23,9 @@ class SelfPlayConfig:
         walks: walks per seed passage, a group.
         max_searches: executed searches per walk; then the question is opened.
         attempts: rollouts of the student per accepted question, to see how hard it is.
-        difficulty: what an accepted question earns when k of n attempts are right: "hard" is (n - k) / (n - 1) and
-            "medium" 4 k (n - k) / n^2, both 0 for k = 0 and k = n. The paper's formula is not known.
+        difficulty: what an accepted question earns when k of n attempts are right: "medium" is 4 k (n - k) / n^2 and
+            "hard" (n - k) / (n - 1), both 0 for k = 0 and k = n. The paper pays medium difficulty most, by a formula
+            that is not known.
         format: what an accepted question earns beside that. One that is rejected earns 0.
     """
 
@@ -34,7 +35,7 @@ class SelfPlayConfig:
     walks: int = 4
     max_searches: int = 2
     attempts: int = 4
-    difficulty: Difficulty = "hard"
+    difficulty: Difficulty = "medium"
     format: float = 0.1
 
     def __post_init__(self) -> None:
