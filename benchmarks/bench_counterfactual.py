@@ -257,8 +257,8 @@ def one_round(runs: dict[str, tuple[Pass, int]], tolerance: float, *, count_byte
 
 @cache
 def rounds(shape: str, dtype: torch.dtype) -> list[Round]:
-    """As many as there is time for, after a warm-up; of the small shape, whose ratios say little, one. Bytes are counted in
-    the first."""
+    """As many as there is time for, after a warm-up; of the small shape, whose ratios say little, one. The first counts
+    bytes."""
     with memory_kept():
         if shape != "small":
             one_round(ways("small", dtype), TOLERANCE[dtype])
