@@ -257,14 +257,15 @@ def one_round(runs: dict[str, tuple[Pass, int]], tolerance: float, *, count_byte
 
 @cache
 def rounds(shape: str, dtype: torch.dtype) -> list[Round]:
-    """As many as there is time for, after a warm-up; bytes are those of the first."""
+    """As many as there is time for, after a warm-up; of the small shape, whose ratios say little, one. The first counts
+    bytes."""
     with memory_kept():
         if shape != "small":
             one_round(ways("small", dtype), TOLERANCE[dtype])
         runs = ways(shape, dtype)
         start = time.perf_counter()
         found = [one_round(runs, TOLERANCE[dtype], count_bytes=True)]
-        while another_round(len(found), time.perf_counter() - start):
+        while shape != "small" and another_round(len(found), time.perf_counter() - start):
             found.append(one_round(runs, TOLERANCE[dtype]))
     return found
 
