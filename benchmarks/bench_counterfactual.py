@@ -74,14 +74,15 @@ Round = dict[str, Way]
 
 
 @cache
-def policy(dtype: torch.dtype) -> PolicyScorer:
-    """Random weights in the shape of SmolLM2-135M; only token ids matter, so the tokenizer is a small one."""
+def policy(dtype: torch.dtype, layers: int = 30) -> PolicyScorer:
+    """Random weights in the shape of SmolLM2-135M, of fewer layers for the small shape; only token ids matter, so the
+    tokenizer is a small one."""
     tokenizer = tiny_policy([" ".join(WORDS), "<think></think><search></search><information></information>"], 0)[1]
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=8192,
@@ -94,7 +95,7 @@ def policy(dtype: torch.dtype) -> PolicyScorer:
 
 def text(tokens: int, seed: object) -> str:
     """Words that take this many tokens."""
-    rng, scorer, words = random.Random(repr(seed)), policy(torch.float32), ["so"]
+    rng, scorer, words = random.Random(repr(seed)), policy(torch.float32, 2), ["so"]
     while len(scorer.encode(" ".join(words))) < tokens:
         words.append(rng.choice(WORDS))
     return scorer.decode(scorer.encode(" ".join(words))[:tokens])
@@ -103,7 +104,7 @@ def text(tokens: int, seed: object) -> str:
 @cache
 def batch(searches: int, passage: int, rollouts: int) -> RolloutBatch:
     """A group: one prompt of 200 tokens, then per search 40 tokens of reasoning and query, and its passages."""
-    tokenizer = policy(torch.float32).tokenizer
+    tokenizer = policy(torch.float32, 2).tokenizer
     question = Question("q", "Which?", (text(6, "answer"),))
     made = []
     for b in range(rollouts):
@@ -129,7 +130,7 @@ def passages(data: RolloutBatch, rollout: int, step: int) -> slice:
 
 def contexts(data: RolloutBatch, gains: StepGains) -> list[tuple[int, int, list[list[int]]]]:
     """Per step: its rollout, where its passages begin, and the tokens of its contexts, the real one first."""
-    probe = policy(torch.float32).encode(PROTOCOL.answer_probe)
+    probe = policy(torch.float32, 2).encode(PROTOCOL.answer_probe)
     found = []
     for b, t, draws in zip(gains.rollout.tolist(), gains.step.tolist(), gains.draws, strict=True):
         tokens, shown = data.rollouts[b].tokens, passages(data, b, t)
@@ -208,7 +209,7 @@ def old_logprobs(data: RolloutBatch, scorer: PolicyScorer) -> tuple[torch.Tensor
 def ways(shape: str, dtype: torch.dtype) -> dict[str, tuple[Pass, int]]:
     """All ways over the same draws, in their order in a round (`ours`, the first, draws), and how often each counts."""
     size = SHAPES["counterfactual"][shape]
-    scorer = policy(dtype)
+    scorer = policy(dtype, size["layers"])
     data = batch(size["searches"], size["passage"], size["rollouts"])
     drawn: list[StepGains] = []
 

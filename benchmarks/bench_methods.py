@@ -70,7 +70,7 @@ METHODS: dict[str, CreditMethod] = {
 PAPERS = {"ig_search": 0.064, "sd_search": 0.155}
 UPDATES = {"one_update": LossConfig(), "two_updates": LossConfig(minibatches=2)}
 #: Rounds: so many, but none that would start after so many seconds.
-ROUNDS, SECONDS = 3, 360.0
+ROUNDS, SECONDS = 3, 360.0 if DEVICE == "cpu" else 15.0
 DTYPES = [torch.float32 if DEVICE == "cpu" else torch.bfloat16]
 #: Largest difference of a packed score to a separate forward, nats per token, at which a method still counts as right.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}

@@ -35,11 +35,12 @@ LIMITS = {
     "masked_advantages": 40,
     "information_gain": 40,
     "counterfactual": 70,
+    "methods": 60,
 }
 #: Part of its time after which a benchmark starts no other case.
 STARTING = 0.7
 #: Cases of a benchmark that has too many, by `pytest -k`.
-SOME = {"counterfactual": "3-searches"}
+SOME = {"counterfactual": "3-searches", "methods": "smollm2 and one_update"}
 #: CUDA's tools are often not on the path.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_on_device.py")

@@ -5,9 +5,15 @@ from benchmarks.measure import DEVICE
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
     # Searches a rollout, other passages a step, tokens of passages, rollouts of the group.
     "counterfactual": {
-        "small": {"searches": 1, "random": 2, "passage": 30, "rollouts": 3},
+        "small": {"searches": 1, "random": 2, "passage": 30, "rollouts": 3, "layers": 2},
         **{
-            f"{s}-searches-{n}-random-{p}-tokens": {"searches": s, "random": n, "passage": p, "rollouts": 5}
+            f"{s}-searches-{n}-random-{p}-tokens": {
+                "searches": s,
+                "random": n,
+                "passage": p,
+                "rollouts": 5,
+                "layers": 30,
+            }
             for p in (150, 450)
             for s in (1, 3, 5)
             for n in (1, 3, 8)
