@@ -3,8 +3,9 @@
 Vectors like E5's: of length 1, in clusters, all with much in common: cosines lie between .7 and .9, and the bounds
 of 8-bit rows have little room. Queries are passages with noise. Results have to be those of float64, ties by lower row.
 
-faiss multiplies queries by a BLAS only where they are many; few of them go over the vectors one by one. `faiss` is as it
-comes, `faiss_blas` always multiplies, and a row whose ratio to both is above 1 is faster whichever way faiss is set up.
+faiss multiplies queries by a BLAS only where they are many; few of them go over the vectors one by one. `faiss` is as
+it comes, `faiss_blas` always multiplies, and a row whose ratio to both is above 1 is faster whichever way faiss is set
+up.
 """
 
 from __future__ import annotations
