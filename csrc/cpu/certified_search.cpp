@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -140,14 +141,26 @@ Kernels kernels(Int8Path path) {
   return STEPCREDIT_KERNELS(multiply_plain);
 }
 
-// Largest errors and lengths of one block's rows, with which all of them are bounded at once.
+// Largest errors and lengths of one block's rows, with which all of them are bounded at once. None is negative, and so
+// they are ordered like their bits, whose maximum vectorises.
 struct Widest {
   float error, norm;
-
-  Widest(const CertifiedSearchParams& p, int64_t first, int64_t count)
-      : error(*std::max_element(p.error + first, p.error + first + count)),
-        norm(*std::max_element(p.norm + first, p.norm + first + count)) {}
 };
+
+STEPCREDIT_CLONES Widest widest_of(const CertifiedSearchParams& p, int64_t first, int64_t count) {
+  int32_t error = 0, norm = 0;
+  for (int64_t r = first; r < first + count; ++r) {
+    int32_t bits[2];
+    std::memcpy(&bits[0], p.error + r, sizeof bits[0]);
+    std::memcpy(&bits[1], p.norm + r, sizeof bits[1]);
+    error = std::max(error, bits[0]);
+    norm = std::max(norm, bits[1]);
+  }
+  Widest out;
+  std::memcpy(&out.error, &error, sizeof error);
+  std::memcpy(&out.norm, &norm, sizeof norm);
+  return out;
+}
 
 // Bounds of the scores of one block for one query, and into `seen` what reaches its bar. Most blocks hold nothing that
 // does, as the widest bound tells at less cost. Comparisons are negated, so that a bound that overflowed to NaN
@@ -167,22 +180,26 @@ STEPCREDIT_CLONES void screen(const CertifiedSearchParams& p, int64_t q, int64_t
   const float ulps = p.exact ? 2 * kUlps : 0.0f;
   const float widest_left = 1.000001f * (length * widest.error + left_out * widest.norm);
   const float above = mean + (p.exact ? widest_left + ulps * std::fabs(mean) + tiny : 0.0f);
-  float centred[kRows];
+  float est[kRows], reach[kRows];
   int any = 0;
   for (int64_t r = 0; r < count; ++r) {
-    centred[r] = static_cast<float>(sums[r] - offset) * (scale * p.scale[first + r]);
-    any |= !(centred[r] + ulps * std::fabs(centred[r]) + above < seen.bar);
+    est[r] = static_cast<float>(sums[r] - offset) * (scale * p.scale[first + r]);
+    any |= !(est[r] + ulps * std::fabs(est[r]) + above < seen.bar);
+  }
+  if (!any) return;
+  any = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const float left = 1.000001f * (length * p.error[first + r] + left_out * p.norm[first + r]);
+    reach[r] = p.exact ? left + kUlps * std::fabs(est[r]) + kUlps * std::fabs(mean) + tiny : 0.0f;
+    est[r] += mean;
+    any |= !(est[r] + reach[r] < seen.bar);
   }
   if (!any) return;
   for (int64_t r = 0; r < count; ++r) {
-    const float est = centred[r] + mean;
-    const float left = 1.000001f * (length * p.error[first + r] + left_out * p.norm[first + r]);
-    const float rounding = kUlps * std::fabs(centred[r]) + kUlps * std::fabs(mean) + tiny;
-    const float reach = p.exact ? left + rounding : 0.0f;
-    const float upper = est + reach;
+    const float upper = est[r] + reach[r];
     if (upper < seen.bar) continue;
     const float* query = p.exact_queries + q * p.width;
-    seen.add(est - reach, upper, first + r, p.k, query, p.exact ? &exact : nullptr);
+    seen.add(est[r] - reach[r], upper, first + r, p.k, query, p.exact ? &exact : nullptr);
   }
 }
 
@@ -209,7 +226,7 @@ void certified_search_cpu(const CertifiedSearchParams& p) {
     int32_t sums[kQueries][kRows];
     for (int64_t block = begin; block < end; ++block) {
       const uint8_t* rows = p.rows + block * stride * kRows;
-      const Widest widest(p, block * kRows, std::min<int64_t>(kRows, p.num_passages - block * kRows));
+      const Widest widest = widest_of(p, block * kRows, std::min<int64_t>(kRows, p.num_passages - block * kRows));
       for (int64_t q = 0; q < p.num_queries; q += kQueries) {
         const int count = static_cast<int>(std::min<int64_t>(kQueries, p.num_queries - q));
         const int8_t* queries[kQueries] = {};
