@@ -108,7 +108,7 @@ class Script:
         made = t.finish("answered", given, group)
         for step in range(max(self.searches - 2, 0), self.searches):
             guess = [self.questions[group].answers[0], *WORDS[: 1 + rollout + step]]  # of another F1 each
-            made.episodes.append(Episode(stops[step], step, " ".join(guess)))
+            made.episodes.append(Episode(stops[step], step + 1, " ".join(guess)))
         made.episodes.append(Episode(len(made.tokens), self.searches, given))
         made.validate()
         return made

@@ -179,6 +179,22 @@ def test_episodes_follow_each_other_to_the_end(stops):
         dataclasses.replace(rollout, episodes=[Episode(stop, 0) for stop in ends])
 
 
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [
+        (lambda stop, end: [Episode(stop - 1, 0), Episode(end, 0)], "episodes must end where a span does, got "),
+        (lambda stop, end: [Episode(stop, 1), Episode(end, 0)], "searches of episodes must not fall, from 0 to "),
+        (lambda stop, end: [Episode(stop, -1), Episode(end, 0)], "got [-1, 0]"),
+        (lambda stop, end: [Episode(stop, 0), Episode(end, 9)], "got [0, 9]"),
+    ],
+)
+def test_episodes_end_with_a_span_and_after_searches_that_were_made(episodes, message):
+    rollout = write(*TURNS)
+    made = episodes(rollout.episodes[0].stop, len(rollout.tokens))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(rollout, episodes=made)
+
+
 def test_a_hindsight_block_moves_the_episodes():
     rollout = write(*TURNS)
     moved = with_block(rollout, [7, 8, 9])

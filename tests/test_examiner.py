@@ -12,14 +12,13 @@ from stepcredit.environments.examiner import (
     REASONS,
     ExaminerEnvironment,
     construction_path,
-    holds,
     seed_question,
 )
 from stepcredit.environments.search import Response
 from stepcredit.protocol import Turn
 from stepcredit.retrieval import Passage
 from stepcredit.retrieval.bm25 import BM25Retriever
-from stepcredit.rewards import difficulty_reward
+from stepcredit.rewards import difficulty_reward, states
 from stepcredit.rollout import Rollout, Search, SpanKind
 from stepcredit.train.engine.transcript import Transcript
 from stepcredit.train.warm_start import play
@@ -182,9 +181,9 @@ def test_passages_count_as_they_were_shown():
 
 
 def test_words_side_by_side():
-    assert holds("In New York, they", "new york")
-    assert not holds("In New Yorkshire", "New York")
-    assert not holds("anything", "the")
+    assert states("In New York, they", "new york")
+    assert not states("In New Yorkshire", "New York")
+    assert not states("anything", "the")
 
 
 # The reward
@@ -233,7 +232,7 @@ def test_scripted_walks_are_accepted_and_can_be_followed():
         (rollout,) = play(scripts, parts.environment, parts.tokenizer)
         shown = [s for s in rollout.spans if s.kind is SpanKind.DOCUMENTS]
         texts = [parts.tokenizer.decode(rollout.tokens[s.start : s.stop]) for s in shown]
-        found.append(any(holds(text, item.question.answers[0]) for text in texts))
+        found.append(any(states(text, item.question.answers[0]) for text in texts))
     assert sum(found) > 50
 
 

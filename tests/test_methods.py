@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stepcredit.credit import METHODS, TIPS, SearchR1
+from stepcredit.rollout import RolloutBatch
 from stepcredit.train import __main__ as command
 from stepcredit.train.checkpoint import State
 from stepcredit.train.loop import train, train_step
@@ -48,6 +49,24 @@ def test_the_environments_tokens_have_no_advantage(name):
     assert credit.advantages.dtype == torch.float32
     assert not credit.advantages[~batch.policy_mask].any()
     assert credit.advantages.any()
+
+
+@pytest.mark.parametrize("name", OF_ONE_POLICY)
+def test_rollouts_of_several_episodes_have_credit(name):
+    parts = tiny_parts()
+    parts.environment.episodes = 2
+    batch = played(parts, 8, group_size=4)
+    assert {len(rollout.episodes) for rollout in batch.rollouts} == {2}
+    for rollout in batch.rollouts:
+        for part in (rollout.rewards, rollout.episodes[0].rewards, rollout.episodes[1].rewards):
+            part["f1"] = part["total"] = rollout.rewards["total"]
+    advantages = METHODS[name]()(batch, parts.scorer).advantages
+    assert advantages.isfinite().all()
+    assert advantages.any()
+    assert not advantages[~batch.policy_mask].any()
+    if name == "search_r1":
+        whole = RolloutBatch.pack([dataclasses.replace(rollout, episodes=[]) for rollout in batch.rollouts])
+        assert torch.equal(SearchR1()(whole, None).advantages, advantages)
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 
 from stepcredit.credit import MRSearch, SearchR1, get_method
 from stepcredit.rollout import Episode, Rollout, RolloutBatch, SpanKind
+from stepcredit.train import loop
+from stepcredit.train.checkpoint import State
 from stepcredit.train.loop import train
 from stepcredit.train.metrics import documented
 from stepcredit.train.overrides import apply_overrides
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import get_recipe
+from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import build
-from tiny_run import tiny_parts
+from tiny_run import tiny_config, tiny_parts
 from turn_rollouts import ANSWER, Turn, by_turn, pieces, rollout, shuffled
 
 #: An answer that the environment replies to: another episode follows.
@@ -249,3 +253,30 @@ def test_the_recipe_trains(tmp_path):
     assert len(steps) == 2
     assert all(line["mr_search/episodes"] > 1 and "mr_search/reward_2" in line for line in steps)
     assert any(not torch.equal(before[k], v) for k, v in parts.model.state_dict().items())
+
+
+def test_twenty_steps_move_what_episodes_earn(monkeypatch):
+    """Rewards that a policy which knows nothing can earn: the share of even tokens that it wrote in an episode."""
+
+    def even(rollouts, weights, tokenizer):
+        assign_rewards(rollouts, weights, tokenizer)
+        for one in rollouts:
+            start = 0
+            for episode in one.episodes:
+                spans = [span for span in one.spans if span.by_policy and start <= span.start < episode.stop]
+                written = [token for span in spans for token in one.tokens[span.start : span.stop]]
+                episode.rewards["total"] = sum(token % 2 == 0 for token in written) / max(len(written), 1)
+                start = episode.stop
+            one.rewards["total"] = one.episodes[-1].rewards["total"]
+
+    monkeypatch.setattr(loop, "assign_rewards", even)
+    config = tiny_config("credit=mr_search", "environment.episodes=2", "questions_per_step=2", "group_size=4")
+    config = apply_overrides(config, ["optimizer.learning_rate=1e-2", "steps=20"])
+    parts = tiny_parts(searching=True)
+    parts.environment.episodes = 2
+    steps = [loop.train_step(config, parts, State(), step, None) for step in range(config.steps)]
+    assert all(math.isfinite(v) for line in steps for v in line.values() if isinstance(v, float))
+    for name in ("mr_search/reward_1", "mr_search/reward_2"):
+        earned = [line[name] for line in steps if name in line]
+        assert len(earned) >= 16
+        assert fmean(earned[-4:]) > fmean(earned[:4]) + 0.2

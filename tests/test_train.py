@@ -16,13 +16,15 @@ from stepcredit.rollout import RolloutBatch, SpanKind
 from stepcredit.train import __main__ as command
 from stepcredit.train import progress
 from stepcredit.train.config import LossConfig, TrainConfig
-from stepcredit.train.loop import derive_seed, questions_of_step, summary_line, train
+from stepcredit.train.draws import derive_seed, questions_of_step
+from stepcredit.train.loop import train
 from stepcredit.train.metrics import documented
 from stepcredit.train.overrides import flatten
 from stepcredit.train.policy import policy_logprobs, resolve_dtype
 from stepcredit.train.recipes import RECIPES
 from stepcredit.train.rows import pack_rows, used_lengths
 from stepcredit.train.setup import frozen_copy
+from stepcredit.train.summary import summary_line
 from stepcredit.train.update import policy_update, share_weights
 from tiny_run import gradients, played, same, tiny_config, tiny_parts
 

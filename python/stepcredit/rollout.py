@@ -203,6 +203,13 @@ class Rollout:
             raise ValueError(
                 f"{where}: episodes must end one after another, the last one at {len(self.tokens)}, got {stops[1:]}"
             )
+        if between := set(stops[1:]) - {span.stop for span in self.spans}:
+            raise ValueError(f"{where}: episodes must end where a span does, got {min(between)}")
+        executed = [0, *(episode.searches for episode in self.episodes), len(self.searches)]
+        if self.episodes and executed != sorted(executed):
+            raise ValueError(
+                f"{where}: searches of episodes must not fall, from 0 to {len(self.searches)}, got {executed[1:-1]}"
+            )
 
     def steps(self) -> list[int]:
         """Search steps that have query tokens, ascending."""

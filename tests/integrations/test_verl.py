@@ -69,6 +69,10 @@ def test_options_are_read_from_verls_configuration(policy_path):
     options = read_options(configure(policy_path, "stepcredit.environment.top_k=5", "stepcredit.rewards.em=1"))
     assert options.credit == IGSearch(dead_zone=0.0)
     assert (options.environment, options.rewards.em) == ((("top_k", 5),), 1)
+    with pytest.raises(
+        ValueError, match=r"stepcredit\.environment\.episodes must be 1, as the agent loop plays one, got 3"
+    ):
+        read_options(configure(policy_path, "stepcredit.environment.episodes=3"))
     for override, message in [
         ("stepcredit.credit.alhpa=1", r"unknown field stepcredit\.credit\.alhpa; did you mean 'alpha'"),
         ("stepcredit.environment.topk=1", r"unknown field stepcredit\.environment\.topk"),

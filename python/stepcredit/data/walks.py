@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stepcredit.data.demonstrations import Demonstration
-from stepcredit.environments.examiner import holds, seed_question
+from stepcredit.environments.examiner import seed_question
 from stepcredit.environments.search import cut_passage
 from stepcredit.retrieval import Passage, Retriever
-from stepcredit.rewards import normalize_answer
+from stepcredit.rewards import normalize_answer, states
 from stepcredit.rollout import Question
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -102,9 +102,9 @@ def _walk(start: Passage, name: _Fact, found: Sequence[Passage], words: int | No
     if normalize_answer(end.title) == normalize_answer(name.answer) and rng.random() < 0.5:
         clue = f"{name.before}X{name.after}"
         asked = re.sub(re.escape(end.title), "X", text, flags=re.IGNORECASE)
-        if not holds(clue, end.title) and asked != text:
+        if not states(clue, end.title) and asked != text:
             text, plan = f"{clue}. {asked}", (start.title, end.title)
-    if holds(text, fact.answer):
+    if states(text, fact.answer):
         return None
     identity = f"walk:{start.id}:{end.id}:{normalize_answer(fact.answer)}"
     question = Question(identity, text, (fact.answer,), plan=plan, kind="two_hop" if len(plan) == 2 else "one_hop")
@@ -123,7 +123,7 @@ def _facts(passage: Passage) -> Iterator[_Fact]:
     title = set(normalize_answer(passage.title).split())
     for sentence in _SENTENCE_END.split(passage.text):
         sentence = sentence.strip().rstrip(".!?")
-        topic = "" if holds(sentence, passage.title) else f"{passage.title}: "
+        topic = "" if states(sentence, passage.title) else f"{passage.title}: "
         for match in _FACT.finditer(sentence):
             normal = set(normalize_answer(match[0]).split())
             if match.start() and normal and not normal & title:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from stepcredit.environments.search import SearchEnvironment, cut_passage
 from stepcredit.protocol import Piece, Protocol, Turn, escape_tags
 from stepcredit.retrieval import Passage
-from stepcredit.rewards import normalize_answer
+from stepcredit.rewards import normalize_answer, states
 from stepcredit.rollout import Question, Rollout, SpanKind
 from stepcredit.tokens import decode, special_text
 
@@ -134,9 +134,9 @@ class ExaminerEnvironment(SearchEnvironment):
         path = construction_path(walk, tokenizer)
         if len(path) < 2:
             return Verdict(None, "no_search")
-        if not any(holds(line, answer) for _, shown in path for line in shown.splitlines()):
+        if not any(states(line, answer) for _, shown in path for line in shown.splitlines()):
             return Verdict(None, "unsupported")
-        if holds(question, answer):
+        if states(question, answer):
             return Verdict(None, "leaks")
         if (normal := normalize_answer(question)) in asked:
             return Verdict(None, "duplicate")
@@ -161,12 +161,6 @@ def construction_path(walk: Rollout, tokenizer: PreTrainedTokenizerBase) -> tupl
         if span is not None and search.passage_ids:
             path.append((search.query, EXAMINER.shown(decode(tokenizer, walk.tokens[span.start : span.stop]))))
     return tuple(path)
-
-
-def holds(text: str, answer: str) -> bool:
-    """Whether the answer's words stand in the text, side by side, after normalisation; never for one without words."""
-    words = normalize_answer(answer)
-    return bool(words) and f" {words} " in f" {normalize_answer(text)} "
 
 
 def _last_turn(walk: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
