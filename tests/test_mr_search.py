@@ -262,12 +262,13 @@ def test_twenty_steps_move_what_episodes_earn(monkeypatch):
         assign_rewards(rollouts, weights, tokenizer)
         for one in rollouts:
             start = 0
-            for episode in one.episodes:
-                spans = [span for span in one.spans if span.by_policy and start <= span.start < episode.stop]
+            for stop, rewards in [*((e.stop, e.rewards) for e in one.episodes), (len(one.tokens), one.rewards)]:
+                spans = [span for span in one.spans if span.by_policy and start <= span.start < stop]
                 written = [token for span in spans for token in one.tokens[span.start : span.stop]]
-                episode.rewards["total"] = sum(token % 2 == 0 for token in written) / max(len(written), 1)
-                start = episode.stop
-            one.rewards["total"] = one.episodes[-1].rewards["total"]
+                rewards["total"] = sum(token % 2 == 0 for token in written) / len(written) if written else 0.0
+                start = stop
+            if one.episodes:
+                one.rewards["total"] = one.episodes[-1].rewards["total"]
 
     monkeypatch.setattr(loop, "assign_rewards", even)
     config = tiny_config("credit=mr_search", "environment.episodes=2", "questions_per_step=2", "group_size=4")
