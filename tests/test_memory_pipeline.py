@@ -315,18 +315,11 @@ def test_an_answer_that_chooses_no_option_is_counted(written, options, counts):
         assert t.rollouts["retrieval"].answer == "milk"
 
 
-def in_chat(monkeypatch):
-    """The three random models with a chat template, and the configuration that uses it."""
-    parts = models()
-    for agent in parts.agents.values():
-        template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        monkeypatch.setattr(agent.tokenizer, "chat_template", template)
-    return memory_config("environment.prompt=chat"), parts
-
-
 def test_the_text_of_a_special_token_ends_no_run(monkeypatch):
     """A chat template would feed it as that token, so that it is left out of the next agent's prompt, and counted."""
-    config, parts = in_chat(monkeypatch)
+    config, parts = memory_config("environment.prompt=chat"), models()
+    for agent in parts.agents.values():
+        monkeypatch.setattr(agent.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     question = parts.dataset.train[0]
     script = MemoryScript("[1] tea <|end|>\n[2] judo", "drink: <|end|>\nsport: judo\n<|end|>", "tea", "judo")
     (t,) = memory._run(config, parts, memory.scripted(config, parts, [script]), [question])
