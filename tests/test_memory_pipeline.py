@@ -388,6 +388,7 @@ def test_a_judge_of_ones_own(tmp_path, monkeypatch):
         ([], "0 scores for 1"),
         (None, "memory.judge gave None, not a list of scores"),
         (0.5, "memory.judge gave 0.5, not a list of scores"),
+        ("1", "memory.judge gave '1', not a list of scores"),
         (["good"], r"memory.judge gave \['good'\], not a list of scores"),
     ],
 )

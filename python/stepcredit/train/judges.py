@@ -57,7 +57,7 @@ def judged(judge: Judge, profiles: Sequence[str], conversations: Sequence[Conver
     [0, 1]."""
     given: Any = judge(profiles, conversations)
     try:
-        scores = [float(score) for score in given]
+        scores = [float(score) for score in (None if isinstance(given, str | dict) else given)]
     except (TypeError, ValueError):
         raise ValueError(f"memory.judge gave {given!r:.80}, not a list of scores") from None
     if len(scores) != len(profiles):

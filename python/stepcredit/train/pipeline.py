@@ -91,12 +91,12 @@ def run_pipeline(
 
     tasks, dropped = [], []
     for t in trajectories:
-        plain = [entry for entry in t.memory if not special("profile", profile_task(t.question, [entry]))]
-        shown = list(plain)
+        entries = [entry for entry in t.memory if not special("profile", profile_task(t.question, [entry]))]
+        shown = list(entries)
         while not fits("profile", task := profile_task(t.question, shown)) and shown:
             shown.pop(0)
         tasks.append(task)
-        dropped.append({"special_entries": len(t.memory) - len(plain), "dropped_entries": len(plain) - len(shown)})
+        dropped.append({"special_entries": len(t.memory) - len(entries), "dropped_entries": len(entries) - len(shown)})
     step("profile", tasks, 1)
     _count(trajectories, "profile", dropped)
 
