@@ -57,7 +57,9 @@ def judged(judge: Judge, profiles: Sequence[str], conversations: Sequence[Conver
     [0, 1]."""
     given: Any = judge(profiles, conversations)
     try:
-        scores = [float(score) for score in (None if isinstance(given, str | dict) else given)]
+        if isinstance(given, str | dict):  # whose items might pass for numbers
+            raise TypeError
+        scores = [float(score) for score in given]
     except (TypeError, ValueError):
         raise ValueError(f"memory.judge gave {given!r:.80}, not a list of scores") from None
     if len(scores) != len(profiles):
