@@ -22,7 +22,7 @@ WORDS = (
     "model.name=tiny", "model.dtype=float32", "model.device=cpu", "steps=2", "questions_per_step=2", "group_size=4",
     "memory.personas.train=24", "memory.personas.dev=1", "memory.personas.test=3", "memory.personas.sessions=2",
     "memory.personas.topics=2", "memory.personas.chatter=1", "memory.extraction_tokens=16", "memory.profile_tokens=12",
-    "memory.rank=4", "sampling.max_turn_tokens=10", "sampling.max_answer_tokens=6", "optimizer.learning_rate=1e-2",
+    "sampling.max_turn_tokens=10", "sampling.max_answer_tokens=6", "optimizer.learning_rate=1e-2",
     "warm_start.steps=0", "evaluation.questions=2", "evaluation.samples=0",
 )  # fmt: skip
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit.credit import Credit
 from stepcredit.environments.search import Response
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.retrieval import Passage
-from stepcredit.rollout import Question, Rollout, Search, SpanKind
+from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, SpanKind
 from stepcredit.train.engine.transcript import Transcript
 
 REFINE = get_protocol("refine")
@@ -72,3 +74,20 @@ def random_policy(family: str, tokenizer: PreTrainedTokenizerBase, **changes: ob
     )
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def by_rollout(credit: Credit, batch: RolloutBatch) -> list[float]:
+    """The advantage of each rollout, which all tokens of its policy share; environment tokens have none."""
+    assert not credit.advantages[~batch.policy_mask].any()
+    sizes = batch.cu_seqlens.diff().tolist()
+    pairs = zip(credit.advantages.split(sizes), batch.policy_mask.split(sizes), strict=True)
+    values = [tokens[mask] for tokens, mask in pairs]
+    assert all(len(v.unique()) == 1 for v in values)
+    return [float(v[0]) for v in values]
+
+
+def relative(values: Sequence[float], eps: float = 1e-4) -> list[float]:
+    """The values less their mean, over their standard deviation (ddof 1) and eps."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return [(v - mean) / (deviation + eps) for v in values]

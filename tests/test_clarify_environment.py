@@ -10,7 +10,7 @@ from stepcredit.environments import ClarifyEnvironment
 from stepcredit.environments.user import Reply
 from stepcredit.evaluate import summarize
 from stepcredit.protocol import get_protocol
-from stepcredit.rollout import Inquiry, Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Episode, Inquiry, Question, RolloutBatch, SpanKind
 from stepcredit.tokens import decode
 from tokenizers_under_test import BUILT
 
@@ -136,6 +136,9 @@ def test_bad_arguments_are_named():
         environment().respond([turn], [[]], [0], [False], questions=[Question("other", "?", ("x",))])
     with pytest.raises(ValueError, match="must have one length, got 1, 1, 1, 1, 0"):
         environment().respond([turn], [[]], [0], [False])
+    over = [[Episode(1, 0, "x")]]
+    with pytest.raises(ValueError, match="episodes must be empty: a rollout in a scene has one episode, got"):
+        environment().respond([turn], [[]], [0], [False], episodes=over, questions=[Question("x", "?", ("x",))])
     with pytest.raises(ValueError, match=r"credit\.share_end must be in \(0, 1\], got 0"):
         Clarify(share_end=0)
     with pytest.raises(ValueError, match=r"credit\.clip must be in \[0, 1\), got 1"):

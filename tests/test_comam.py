@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripted_rollouts import SEARCH_R1, random_policy, write
+from scripted_rollouts import SEARCH_R1, by_rollout, random_policy, relative, write
 from stepcredit.credit import CoMAM, SearchR1, get_method
 from stepcredit.credit.comam import consistency_weights, ranking_consistency
 from stepcredit.rollout import Question, RolloutBatch
@@ -24,7 +24,11 @@ from tokenizers_under_test import BUILT
 
 DOCS = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
 TOKENIZER = BUILT["byte_bpe"]()
-QUESTIONS = [Question("a", "Which tea?", ("green",)), Question("b", "Which sport?", ("judo",))]
+QUESTIONS = [
+    Question("a", "Which tea?", ("green",)),
+    Question("b", "Which sport?", ("judo",)),
+    Question("c", "Which city?", ("Oslo",)),
+]
 NAN = math.nan
 #: Group, agent, and the rewards local and total; in the second group nobody is right.
 MIXED = [
@@ -41,6 +45,8 @@ MIXED = [
     (1, "profile", 0.0, 0.0),
     (1, "profile", 0.0, 0.0),
 ]
+#: The same and a group of one trajectory.
+WITH_A_SINGLE_ONE = [*MIXED, (2, "extraction", 0.3, 1.0), (2, "profile", 0.6, 1.0)]
 
 
 def log2(x):
@@ -56,23 +62,6 @@ def make(rows) -> RolloutBatch:
         rollout.rewards["local"] = local
         rollouts.append(rollout)
     return RolloutBatch.pack(rollouts)
-
-
-def by_rollout(credit, batch):
-    """The advantage of each rollout, which all tokens of its policy share; environment tokens have none."""
-    assert not credit.advantages[~batch.policy_mask].any()
-    pairs = zip(
-        *(x.split(batch.cu_seqlens.diff().tolist()) for x in (credit.advantages, batch.policy_mask)), strict=True
-    )
-    values = [tokens[mask] for tokens, mask in pairs]
-    assert all(len(v.unique()) == 1 for v in values)
-    return [float(v[0]) for v in values]
-
-
-def relative(values):
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return [(v - mean) / (deviation + 1e-6) if deviation else 0.0 for v in values]
 
 
 # NDCG and weights
@@ -155,16 +144,18 @@ def test_credit_by_hand():
     batch = make(MIXED)
     v = [0.8772153153380493, (1 + 1 / log2(3) + 1 / 2) / 3 / (1 + 1 / log2(3)) + 1 / log2(5) / (1 + 1 / log2(3))]
     first, second = (math.exp(x) / sum(map(math.exp, v)) for x in v)
-    extraction = relative([0.9 + first, 0.5, 0.7, 0.1 + first])
-    profile = relative([0.5 + second, 0.5, 0.5, 0.1 + second])
+    extraction = relative([0.9 + first, 0.5, 0.7, 0.1 + first], 1e-6)
+    profile = relative([0.5 + second, 0.5, 0.5, 0.1 + second], 1e-6)
     # Nobody is right in the second group: there the local rewards are all there is.
-    expected = [*extraction, *relative([0.5, 0.3]), *profile, 0.0, 0.0]
+    local = relative([0.5, 0.3], 1e-6)
+    expected = [*extraction, *local, *profile, 0.0, 0.0]
     credit = CoMAM()(batch)
     assert by_rollout(credit, batch) == pytest.approx(expected, abs=1e-5)
     assert credit.distillation is None
     assert credit.metrics["comam/weight_extraction"] == pytest.approx((first + 0.5) / 2)
     assert credit.metrics["comam/ndcg_profile"] == pytest.approx((v[1] + 1) / 2)
-    uniform = [*relative([1.4, 0.5, 0.7, 0.6]), *relative([0.5, 0.3]), *relative([1.0, 0.5, 0.5, 0.6]), 0.0, 0.0]
+    first, second = relative([1.4, 0.5, 0.7, 0.6], 1e-6), relative([1.0, 0.5, 0.5, 0.6], 1e-6)
+    uniform = [*first, *local, *second, 0.0, 0.0]
     credit = CoMAM(weights="uniform")(batch)
     assert by_rollout(credit, batch) == pytest.approx(uniform, abs=1e-5)
     assert credit.metrics["comam/weight_profile"] == 0.5
@@ -173,18 +164,18 @@ def test_credit_by_hand():
 @pytest.mark.parametrize("options", [{}, {"ddof": 0}, {"scale": "none"}, {"singleton": "zero", "eps": 1e-4}])
 def test_without_the_other_reward_every_agent_is_search_r1_to_the_bit(options):
     """With the weight of the pipeline's reward at 0 on the local reward, and without a local one on the pipeline's."""
-    batch = make([*MIXED, (1, "retrieval", 0.3, 1.0)])
+    batch = make(WITH_A_SINGLE_ONE)
     bounds = batch.cu_seqlens.tolist()
     for reward, part in (("local", "local"), ("global", "total")):
         ours = CoMAM(reward=reward, **options)(batch).advantages
         assert ours.any()
-        for agent in ("extraction", "profile", "retrieval"):
+        for agent in ("extraction", "profile"):
             rows = [b for b, rollout in enumerate(batch.rollouts) if rollout.agent == agent]
             own = [batch.rollouts[b] for b in rows]
             alone = [dataclasses.replace(rollout, rewards={"total": rollout.rewards[part]}) for rollout in own]
             theirs = SearchR1(**options)(RolloutBatch.pack(alone), None).advantages
             assert torch.equal(torch.cat([ours[bounds[b] : bounds[b + 1]] for b in rows]), theirs)
-    without = make([*MIXED, (1, "retrieval", 0.3, 1.0)])
+    without = make(WITH_A_SINGLE_ONE)
     for rollout in without.rollouts:
         del rollout.rewards["local"]
     assert torch.equal(CoMAM(reward="global")(without).advantages, CoMAM(reward="global")(batch).advantages)
@@ -244,8 +235,25 @@ def test_missing_and_negative_rewards_name_question_and_agent():
     del batch.rollouts[7].rewards["local"]
     with pytest.raises(ValueError, match=r"question 'a', agent 'profile': a rollout has no reward 'local'; .* total"):
         CoMAM()(batch)
-    with pytest.raises(ValueError, match=r"question 'b', agent 'profile': outcome must be .* at least 0"):
-        CoMAM()(make([*MIXED[:-1], (1, "profile", 0.0, -1.0)]))
+    negative = [(g, a, own, -1.0 if g else r) for g, a, own, r in MIXED]
+    with pytest.raises(ValueError, match=r"question 'b', agent 'extraction': outcome must be .* at least 0"):
+        CoMAM()(make(negative))
+
+
+@pytest.mark.parametrize("reward", ["both", "local", "global"])
+def test_agents_without_the_same_trajectories_are_refused(reward):
+    credit = CoMAM(reward=reward)
+    batch = make(MIXED)
+    batch.rollouts[6].agent = ""  # forgotten
+    with pytest.raises(
+        ValueError, match=r"'a': agents 'extraction' and '' must have .* \[0.0, 0.0, 1.0, 1.0\] and \[1.0\]"
+    ):
+        credit(RolloutBatch.pack(batch.rollouts))
+    with pytest.raises(ValueError, match=r"question 'b': agents 'extraction' and 'profile' .* \[0.0, 0.0\] and \[\]"):
+        credit(make(MIXED[:-2]))
+    other = [*MIXED[:-1], (1, "profile", 0.0, 1.0)]
+    with pytest.raises(ValueError, match=r"question 'b': agents .* \[0.0, 0.0\] and \[0.0, 1.0\]: is every"):
+        credit(make(other))
 
 
 def test_metrics():
@@ -256,9 +264,9 @@ def test_metrics():
     assert values["comam/reward_profile"] == pytest.approx(1.6 / 6)
     assert values["comam/all_wrong"] == 0.5
     assert values["advantage/zero_variance_groups"] == 0.25
-    agents = torch.cat([credit.advantages[: batch.cu_seqlens[6]], torch.zeros(0)])
-    mask = batch.policy_mask[: batch.cu_seqlens[6]]
-    assert values["comam/advantage_extraction"] == pytest.approx(float(agents[mask].abs().mean()))
+    extraction = slice(0, int(batch.cu_seqlens[6]))
+    own = credit.advantages[extraction][batch.policy_mask[extraction]]
+    assert values["comam/advantage_extraction"] == pytest.approx(float(own.abs().mean()))
     assert values["advantage/outcome_abs_mean"] == pytest.approx(
         float(credit.advantages[batch.policy_mask].abs().mean())
     )

@@ -66,11 +66,11 @@ def test_the_evidence_holds_the_answer(question):
         assert len(question.options) == 4
 
 
-def test_facts_change_in_the_order_of_sessions():
+def test_facts_change_in_the_order_of_messages():
     for question in DATA.train:
         for fact in question.conversation.facts:
             messages = [m for m in question.conversation.messages if m.id in fact.evidence]
-            assert [m.session for m in messages] == sorted({m.session for m in messages})
+            assert [m.id for m in messages] == list(fact.evidence)
             order = [*fact.outdated, fact.value, fact.value][: len(messages)]
             assert all(states(m.text, value) for m, value in zip(messages, order, strict=True))
             assert len(messages) <= 3
@@ -184,13 +184,21 @@ def test_chosen_option(answer, chosen):
     assert chosen_option(answer, ("green tea", "coffee", "cider")) == chosen
 
 
+@pytest.mark.parametrize(
+    ("answer", "chosen"),
+    [("C. elegans", 0), ("c. Elegans.", 0), ("(c) fly", 2), ("C.", 2), ("(a) C. elegans", 0), ("b. elegans", None)],
+)
+def test_an_option_may_begin_like_a_letter(answer, chosen):
+    assert chosen_option(answer, ("C. elegans", "yeast", "fly")) == chosen
+
+
 # JSON Lines
 
 GOOD = {
     "id": "c1",
     "split": "train",
     "messages": [
-        {"id": "1", "speaker": "user", "text": "I drink tea.", "session": 1},
+        {"id": "1", "speaker": "user", "text": "I drink tea."},
         {"id": "2", "speaker": "assistant", "text": "Good."},
     ],
     "facts": [{"topic": "drink", "value": "tea", "outdated": ["cider"], "evidence": ["1"]}],
@@ -220,8 +228,7 @@ def test_a_file_of_conversations(tmp_path):
     (question,) = data.train
     assert (question.id, question.supporting, question.options) == ("q1", ("c1/1",), ("tea", "milk"))
     assert (question.kind, question.answers) == ("t", ("tea",))
-    assert question.conversation.messages[0] == Message("c1/1", "user", "I drink tea.", 1)
-    assert question.conversation.messages[1].session == 0
+    assert question.conversation.messages[0] == Message("c1/1", "user", "I drink tea.")
     assert question.conversation.facts[0].outdated == ("cider",)
     assert question.conversation.facts[0].evidence == ("c1/1",)
     assert [q.id for q in data.test] == ["q2"]
@@ -253,22 +260,37 @@ def changed(path, value):
         (["messages", 1, "text"], None, r"conversation 'c1': messages\[1\]: field 'text' is missing"),
         (["messages", 1, "text"], 3, r"messages\[1\]: field 'text' must be a string, got 3"),
         (["messages", 1, "id"], "1", r"messages\[1\]: field 'id' repeats '1'"),
-        (["messages", 1, "session"], "x", r"messages\[1\]: field 'session' must be an integer, got 'x'"),
         (["messages", 1], "hello", r"messages\[1\]: expected a JSON object, got str"),
         (["facts", 0, "value"], " ", r"facts\[0\]: field 'value' is empty"),
+        (["facts", 0, "value"], "the", r"facts\[0\]: field 'value' has no word that is compared, got 'the'"),
+        (
+            ["facts", 0, "value"],
+            "dry cider",
+            r"facts\[0\]: field 'outdated': 'cider' stands in the value 'dry cider' of",
+        ),
         (["facts", 0, "evidence"], ["9"], r"facts\[0\]: field 'evidence': '9' is no message"),
         (["questions"], None, r"conversation 'c1': field 'questions' is missing"),
         (["questions", 0, "answers"], [], r"question 'q1' has no gold answers"),
         (["questions", 0, "evidence"], [], r"question 'q1': field 'evidence' is empty"),
         (["questions", 0, "evidence"], ["3"], r"question 'q1': field 'evidence': '3' is no message"),
-        (["questions", 0, "options"], ["tea"], r"question 'q1': field 'options': .* 2 to 26 different"),
-        (["questions", 0, "options"], ["cola", "milk"], r"field 'options': .* exactly one gold answer"),
-        (["questions", 0, "options"], ["tea", "Tea"], r"field 'options': .* different answers"),
+        (["questions", 0, "options"], ["tea"], r"question 'q1': options must be 2 to 26 different .*'tea'"),
+        (["questions", 0, "options"], ["cola", "milk"], r"question 'q1': options must hold exactly one gold answer"),
+        (["questions", 0, "options"], ["tea", "Tea"], r"question 'q1': options must be .* different answers"),
+        (["questions", 0, "question"], " ", r"question 'q1': field 'question' is empty"),
     ],
 )
 def test_a_bad_line_names_file_line_and_field(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=r"talks\.jsonl" + ("" if message.startswith(":") else ":1.*") + message):
         load_conversations(written(tmp_path, changed(path, value)))
+
+
+def test_facts_that_no_profile_states_together_are_refused(tmp_path):
+    facts = [*GOOD["facts"], {"topic": "guest's drink", "value": "cloudy cider"}]
+    message = r"facts\[0\]: field 'outdated': 'cider' stands in the value 'cloudy cider' of topic \"guest's drink\""
+    with pytest.raises(ValueError, match=message):
+        load_conversations(written(tmp_path, changed(["facts"], facts)))
+    facts[1]["value"] = "ciders"  # another word
+    assert len(load_conversations(written(tmp_path, changed(["facts"], facts))).train) == 1
 
 
 def test_ids_are_unique_and_questions_are_there(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 
 from memory_run import memory_config, models, scripted_trajectories
 from stepcredit.data.conversations import Conversation, MemoryQuestion, Message
+from stepcredit.data.memory_scripts import MemoryScript, memory_scripts
 from stepcredit.environments.memory import (
     AGENTS,
     GRAMMARS,
-    AgentTask,
     MemoryEnvironment,
     extraction_task,
     profile_task,
@@ -21,6 +21,7 @@ from stepcredit.environments.memory import (
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import Question, RolloutBatch, SpanKind
 from stepcredit.tokens import decode
+from stepcredit.train import memory
 from stepcredit.train.judges import facts, judged, load_judge
 from stepcredit.train.pipeline import assign_pipeline_rewards, pipeline_metrics, run_pipeline
 from tokenizers_under_test import BUILT
@@ -166,6 +167,8 @@ def test_a_question_without_a_memory_is_refused():
     environment = MemoryEnvironment(RETRIEVAL)
     with pytest.raises(ValueError, match="question 'x' is no task"):
         environment.respond([RETRIEVAL.parse_turn("")], [[]], [0], [False], questions=[Question("x", "?", ("a",))])
+    with pytest.raises(ValueError, match="episodes must be 1 in a memory pipeline, got 2"):
+        MemoryEnvironment(RETRIEVAL, episodes=2)
 
 
 # The pipeline
@@ -188,7 +191,7 @@ def test_perfect_agents_earn_everything():
     metrics = pipeline_metrics(trajectories)
     assert metrics["em"] == metrics["hit"] == metrics["coverage"] == metrics["local_profile"] == 1.0
     assert metrics["finished_extraction"] == metrics["finished_profile"] == metrics["finished"] == 1.0
-    assert not [name for name in metrics if name.startswith("count_") and name != "count_forced_answers"]
+    assert {name for name in metrics if name.startswith("count_")} == {"count_forced_answers", "count_long_scripts"}
 
 
 def test_agents_that_make_mistakes_earn_less():
@@ -258,6 +261,7 @@ def test_trajectories_of_a_question_share_its_group():
     assert [t.rollouts[name].group for name in AGENTS for t in trajectories] == [0, 0, 0, 1, 1, 1] * 3
     assert trajectories[0].rollouts["extraction"].counts == {"unknown_messages": 1}
     assert trajectories[0].rollouts["retrieval"].answer == "coffee"  # the option, not its letter
+    assert trajectories[0].rollouts["retrieval"].counts == {}
     assign_pipeline_rewards(trajectories, memory_config().memory, lambda texts, talks: [0.25] * len(texts))
     assert [t.rollouts["profile"].rewards for t in trajectories[2:4]] == [
         {"local": 0.25, "total": 1.0}, {"local": 0.25, "total": 0.0},
@@ -294,6 +298,70 @@ def test_what_does_not_fit_a_prompt_is_left_out_and_counted():
     assert with_nothing.rollouts["profile"].counts == {"dropped_entries": 3}
 
 
+@pytest.mark.parametrize(
+    ("written", "options", "counts"),
+    [
+        ("<answer>milk</answer>", ("tea", "coffee"), {"unreadable_answers": 1}),
+        ("<answer>milk</answer>", (), {}),
+        ("<answer> </answer>", ("tea", "coffee"), {}),
+        ("milk", ("tea", "coffee"), {}),
+    ],
+)
+def test_an_answer_that_chooses_no_option_is_counted(written, options, counts):
+    agents = Scripts(extraction="no", profile="no", retrieval=written)
+    (t,) = run_pipeline(agents, [replace(QUESTION, options=options)])
+    assert t.rollouts["retrieval"].counts == counts
+    if counts:
+        assert t.rollouts["retrieval"].answer == "milk"
+
+
+def test_the_text_of_a_special_token_ends_no_run(monkeypatch):
+    """A chat template would feed it as that token, so that it is left out of the next agent's prompt, and counted."""
+    config, parts = memory_config("environment.prompt=chat"), models()
+    for agent in parts.agents.values():
+        monkeypatch.setattr(agent.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    question = parts.dataset.train[0]
+    script = MemoryScript("[1] tea <|end|>\n[2] judo", "drink: <|end|>\nsport: judo\n<|end|>", "tea", "judo")
+    (t,) = memory._run(config, parts, memory.scripted(config, parts, [script]), [question])
+    assert "<|end|>" in t.memory[0].text  # which can still be searched
+    assert t.profile.count("<|end|>") == 2
+    prompts = {
+        name: decode(parts.agents[name].tokenizer, rollout.tokens[: rollout.prompt_length])
+        for name, rollout in t.rollouts.items()
+    }
+    assert prompts["profile"].endswith("Notes:\n[2] judo\n")
+    assert "Profile:\nsport: judo\nQuestion" in prompts["retrieval"]
+    assert t.rollouts["profile"].counts["special_entries"] == 1
+    assert t.rollouts["retrieval"].counts["special_lines"] == 2
+    assert "dropped_entries" not in t.rollouts["profile"].counts
+    plain = memory_config()
+    (t,) = memory._run(plain, parts, memory.scripted(plain, parts, [script]), [question])
+    assert "special_entries" not in t.rollouts["profile"].counts  # there it is text
+
+
+@pytest.mark.parametrize(
+    ("setting", "agent"),
+    [
+        ("memory.extraction_tokens", "extraction"),
+        ("memory.profile_tokens", "profile"),
+        ("sampling.max_turn_tokens", "retrieval"),
+        ("sampling.max_answer_tokens", "retrieval"),
+    ],
+)
+def test_scripts_that_an_agent_could_not_write_are_counted(setting, agent):
+    parts = models()
+    questions = parts.dataset.train[:3]
+    scripts = memory_scripts(questions, 1.0)
+    long = dict.fromkeys(("memory.extraction_tokens", "memory.profile_tokens"), 400) | dict.fromkeys(
+        ("sampling.max_turn_tokens", "sampling.max_answer_tokens"), 60
+    )
+    for changed, expected in (({}, set()), ({setting: 3}, {agent})):
+        config = memory_config(*(f"{name}={tokens}" for name, tokens in (long | changed).items()))
+        trajectories = memory._run(config, parts, memory.scripted(config, parts, scripts), questions)
+        for t in trajectories:
+            assert {n for n, r in t.rollouts.items() if r.counts.get("long_scripts")} == expected
+
+
 # Judges
 
 
@@ -318,13 +386,12 @@ def test_a_judge_of_ones_own(tmp_path, monkeypatch):
         ([1.5], r"score of conversation 'c' must be in \[0, 1\], got 1.5"),
         ([float("nan")], "got nan"),
         ([], "0 scores for 1"),
+        (None, "memory.judge gave None, not a list of scores"),
+        (0.5, "memory.judge gave 0.5, not a list of scores"),
+        ("1", "memory.judge gave '1', not a list of scores"),
+        (["good"], r"memory.judge gave \['good'\], not a list of scores"),
     ],
 )
 def test_scores_of_a_judge_are_checked(scores, message):
     with pytest.raises(ValueError, match=message):
         judged(lambda texts, talks: scores, ["x"], [TALK])
-
-
-def test_a_task_is_a_question():
-    assert isinstance(extraction_task(QUESTION), AgentTask)
-    assert isinstance(extraction_task(QUESTION), Question)

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from scripted_rollouts import SEARCH_R1, random_policy, write
+from scripted_rollouts import SEARCH_R1, by_rollout, random_policy, relative, write
 from stepcredit.credit import MultiSearch, SearchR1, get_method
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.rollout import Question, RolloutBatch, Search, Span, SpanKind
@@ -50,23 +50,6 @@ def make(rows, names=("f1", "multi_query", "merge")) -> RolloutBatch:
         rollout.rewards |= dict(zip(names, rewards, strict=False))
         rollouts.append(rollout)
     return RolloutBatch.pack(rollouts)
-
-
-def by_rollout(credit, batch):
-    """The advantage of each rollout, which all tokens of its policy share; environment tokens have none."""
-    assert not credit.advantages[~batch.policy_mask].any()
-    pairs = zip(
-        *(x.split(batch.cu_seqlens.diff().tolist()) for x in (credit.advantages, batch.policy_mask)), strict=True
-    )
-    values = [tokens[mask] for tokens, mask in pairs]
-    assert all(len(v.unique()) == 1 for v in values)
-    return [float(v[0]) for v in values]
-
-
-def relative(values):
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return [(v - mean) / (deviation + 1e-4) for v in values]
 
 
 def test_by_hand(policy):

@@ -12,18 +12,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory_run import WORDS, base, fresh_parts, made_up_rewards, memory_config
+from memory_run import WORDS, base, fresh_parts, made_up_rewards, memory_config, models
 from stepcredit.credit import CoMAM, SearchR1
 from stepcredit.environments.memory import AGENTS
 from stepcredit.rollout import RolloutBatch
 from stepcredit.train import __main__ as command
-from stepcredit.train import memory
+from stepcredit.train import memory, memory_setup
 from stepcredit.train.checkpoint import State, load_checkpoint
 from stepcredit.train.memory import train_memory, train_step
 from stepcredit.train.memory_setup import build_memory
-from stepcredit.train.metrics import documented
+from stepcredit.train.metrics import MetricsLog, documented
+from stepcredit.train.overrides import apply_overrides
 from stepcredit.train.pipeline import assign_pipeline_rewards
 from stepcredit.train.progress import Reporter
+from stepcredit.train.recipes import comam
 from stepcredit.train.setup import build
 from tiny_run import same, tiny_config
 
@@ -62,7 +64,7 @@ def states(parts):
 def test_one_and_one_step_are_two_bit_for_bit(tmp_path, agents, rewarded):
     words = [f"memory.agents={agents}"]
     if agents == "models":
-        words.append(f"memory.models={base()},{base()},{base()}")
+        words += ["model.name=smollm2", f"memory.models={base()},{base()},{base()}"]  # the name is not read
     whole, summary = run(tmp_path / "whole", "steps=2", *words)
     run(tmp_path / "parts", "steps=1", *words)
     resumed, resumed_summary = run(tmp_path / "parts", "steps=2", *words, resume=True)
@@ -235,17 +237,55 @@ def test_the_command_runs_a_warm_start_and_goes_on(tmp_path, capsys):
     ("words", "message"),
     [
         (["credit=search_r1"], r"credit must be comam with memory.conversations, got 'SearchR1'"),
-        (["loss.kl_coef=0.1"], r"loss.kl_coef must be 0 with memory.conversations, got 0.1"),
-        (["environment.episodes=2"], r"environment.episodes must be 1 with memory.conversations, got 2"),
-        (["self_play.examiner_steps=1"], r"self_play.examiner_steps must be 0 with memory.conversations, got 1"),
         (["data.questions=atlas"], r"data.questions must be empty with memory.conversations, got 'atlas'"),
         (["memory.extraction_tokens=2000"], r"conversation 'persona-.*' does not fit .* memory.extraction_tokens=2000"),
+        (
+            ["memory.profile_tokens=2047"],
+            r"question 'persona-.*' does not fit the context of the profile agent's model, 2048 tokens, with "
+            "memory.profile_tokens=2047",
+        ),
+        (["sampling.max_turn_tokens=2046"], r"question .* the retrieval agent's .* sampling.max_turn_tokens=2046"),
         (["memory.judge=mine"], r"memory.judge must be 'facts' or 'module:function', got 'mine'"),
         (["memory.personas.test=0"], r"memory.conversations='personas' has no test questions"),
     ],
 )
-def test_what_does_not_go_together_is_refused(words, message):
+def test_what_does_not_go_together_is_refused(words, message, monkeypatch):
+    monkeypatch.setattr(memory_setup, "build_agents", lambda *_, **__: models().agents)
     with pytest.raises(ValueError, match=message):
+        build_memory(memory_config(*words), Reporter())
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        *(
+            ([word], "memory.conversations")
+            for word in (
+                "data.seed=1",
+                "data.retriever=hybrid",
+                "rewards.em=1",
+                "environment.protocol=refine",
+                "environment.max_queries=1",
+                "environment.episodes=2",
+                "loss.kl_coef=0.1",
+                "self_play.examiner_steps=1",
+                "self_play.format=0.5",
+                "warm_start.several=0",
+                "warm_start.merged=0",
+            )
+        ),
+        (["warm_start.mix.good=0.3", "warm_start.mix.repeat=0.3"], "memory.conversations"),
+        (["memory.rank=4", "memory.agents=models"], "memory.agents=models"),
+        (["memory.lora_alpha=4", "memory.agents=models"], "memory.agents=models"),
+        (["model.name=tiny", "memory.agents=models", "memory.models=a,b,c"], "memory.models"),
+        (["memory.personas.train=24", "memory.conversations=talks.jsonl"], "a file as memory.conversations"),
+    ],
+)
+def test_a_setting_that_is_not_read_is_refused(words, reason):
+    name = re.escape(words[0].partition("=")[0])
+    with pytest.raises(
+        ValueError, match=rf"{name} must be its default, .+, with {reason}, which does not read it, got"
+    ):
         build_memory(memory_config(*words), Reporter())
 
 
@@ -256,6 +296,7 @@ def test_what_does_not_go_together_is_refused(words, message):
         (["memory.models=a,b,c"], r"memory.models must be empty unless memory.agents is 'models'"),
         (["memory.good=2"], r"memory.good must be in \[0, 1\], got 2.0"),
         (["memory.rank=0"], r"memory.rank must be at least 1, got 0"),
+        (["memory.lora_alpha=0"], r"memory.lora_alpha must be at least 1, got 0"),
     ],
 )
 def test_a_bad_field_is_refused(words, message):
@@ -266,17 +307,55 @@ def test_a_bad_field_is_refused(words, message):
 def test_comam_is_not_for_one_policy():
     with pytest.raises(ValueError, match=r"credit must be a method for one policy .* got 'comam'"):
         build(tiny_config("credit=comam"), Reporter())
+    with pytest.raises(ValueError, match=r"memory.conversations must be empty for one policy .*, got 'personas'"):
+        build(tiny_config("memory.conversations=personas"), Reporter())
 
 
-def test_conversations_of_ones_own_need_facts_or_a_judge(tmp_path):
+def talks(path, said="I drink tea.", asked="Drink?", **fields):
+    """A configuration with a file of two conversations."""
     record = {
         "id": "c1",
         "split": "train",
-        "messages": [{"id": "1", "speaker": "user", "text": "I drink tea."}],
-        "questions": [{"id": "q1", "question": "Drink?", "answers": ["tea"], "evidence": ["1"]}],
+        "messages": [{"id": "1", "speaker": "user", "text": said}],
+        "questions": [{"id": "q1", "question": asked, "answers": ["tea"], "evidence": ["1"]}],
+        **fields,
     }
     held_out = {**record, "id": "c2", "split": "test", "questions": [{**record["questions"][0], "id": "q2"}]}
-    path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps(record) + "\n" + json.dumps(held_out) + "\n")
+    return apply_overrides(comam(), ["model.name=tiny", "model.device=cpu", f"memory.conversations={path}"])
+
+
+def test_conversations_of_ones_own_need_facts_or_a_judge(tmp_path):
     with pytest.raises(ValueError, match=r"memory.judge=facts needs facts, which conversation 'c1' does not have"):
-        build_memory(memory_config(f"memory.conversations={path}"), Reporter())
+        build_memory(talks(tmp_path / "talks.jsonl"), Reporter())
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"said": "tea <|end|>"}, r"conversation 'c1' holds '<\|end\|>', a special token of the extraction agent's"),
+        (
+            {"asked": "A <|end|>?"},
+            r"question 'q1' holds '<\|end\|>', a special token of the retrieval agent's tokenizer",
+        ),
+    ],
+)
+def test_what_a_chat_template_would_feed_as_a_special_token_is_refused(tmp_path, monkeypatch, said, message):
+    agents = models().agents
+    for agent in agents.values():
+        monkeypatch.setattr(agent.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    monkeypatch.setattr(memory_setup, "build_agents", lambda *_, **__: agents)
+    config = talks(tmp_path / "talks.jsonl", facts=[{"topic": "drink", "value": "tea"}], **said)
+    assert set(build_memory(config, Reporter()).agents) == set(AGENTS)  # plain keeps it text
+    with pytest.raises(ValueError, match=message):
+        build_memory(apply_overrides(config, ["environment.prompt=chat"]), Reporter())
+
+
+def test_a_warm_start_is_shown_what_its_agents_can_read_and_counts_what_they_cannot_write(tmp_path):
+    _, parts = fresh_parts("memory.agents=models")
+    config = memory_config("warm_start.steps=1", "warm_start.batch=2", "memory.profile_tokens=2030", "memory.good=1")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    memory.warm_start(config, parts, State(), log)
+    (line,) = log.read()
+    assert line["count_dropped_entries"] > 0
+    assert line["count_long_scripts"] > 0

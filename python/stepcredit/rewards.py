@@ -170,11 +170,15 @@ _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[).:])(.*)", re.DOTALL)
 
 def chosen_option(answer: str | None, options: Sequence[str]) -> int | None:
     """Which option an answer chooses: by its text, by its letter ("b", "(b)", "B."), or by both where they agree; None
-    where it chooses none. Options are lettered from (a)."""
+    where it chooses none. Options are lettered from (a); a text that begins like a letter ("C. elegans") is a text
+    where an option is that."""
     text = (answer or "").strip()
     named = {normalize_answer(option): i for i, option in enumerate(options)}.get(normalize_answer(text))
     if marked := _LETTER.fullmatch(text):
         letter, rest = marked[1] or marked[2], marked[3].strip()
+        as_written = [_words(option) for option in options]  # with articles: the letter may be an "a"
+        if rest and _words(text) in as_written:
+            return as_written.index(_words(text))
     elif named is not None or len(text) != 1:
         return named
     else:
@@ -183,6 +187,10 @@ def chosen_option(answer: str | None, options: Sequence[str]) -> int | None:
     if not 0 <= number < len(options) or (rest and normalize_answer(rest) != normalize_answer(options[number])):
         return None
     return number
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().translate(_PUNCTUATION).split()
 
 
 def _shown(rollout: Rollout) -> set[str]:

@@ -79,6 +79,9 @@ class CoMAM:
     * "total": the pipeline's reward r of the trajectory that the rollout is part of, the same for all of its agents, at
       least 0.
 
+    So all agents of a batch have rollouts of every input, and the same total rewards there; a batch in which they have
+    not, such as one with an agent's name forgotten, is refused. (Where all names are, it reads as one agent's.)
+
     For every input v_n is agent n's `ranking_consistency`, w the `consistency_weights` of its agents, and
     `r_n + w_n * r` is normalised over the agent's rollouts of that input. Tokens are not read, so that agents may have
     different tokenizers. With agents in models of their own, `credit.advantages` split at `batch.cu_seqlens` is each
@@ -129,11 +132,13 @@ class CoMAM:
         temperature: float | None = None,
         verify: bool = False,
     ) -> Credit:
-        """As in `CreditMethod`; nothing is scored, so that `policy` may be None. ValueError when a rollout has no local
-        reward where one is read, or a reward is out of its range; the message names question and agent."""
+        """As in `CreditMethod`; nothing is scored, so that `policy` may be None. ValueError when the agents of an input
+        have other total rewards, a rollout has no local reward where one is read, or a reward is out of its range; the
+        message names question and agent."""
         members: dict[tuple[str, int], list[int]] = defaultdict(list)  # rollouts of an agent's group
         for b, (rollout, group) in enumerate(zip(batch.rollouts, batch.groups.tolist(), strict=True)):
             members[rollout.agent, group].append(b)
+        _check_trajectories(batch, members)
         consistencies = self._consistencies(batch, members)
         weights = self._weights(members, consistencies)
         rewards, groups = batch.rewards.clone(), torch.empty_like(batch.groups)
@@ -226,3 +231,18 @@ class CoMAM:
                 metrics[f"comam/weight_{name}"] = math.fsum(weights[key] for key in keys) / len(keys)
             metrics[f"comam/advantage_{name}"] = mean(torch.cat([spread[b][masks[b]] for b in rows]))
         return metrics
+
+
+def _check_trajectories(batch: RolloutBatch, members: dict[tuple[str, int], list[int]]) -> None:
+    """ValueError unless the agents of the batch have the same total rewards in every group."""
+    agents = list(dict.fromkeys(agent for agent, _ in members))
+    for group in dict.fromkeys(group for _, group in members):
+        rows = {agent: members.get((agent, group), []) for agent in agents}
+        totals = [sorted(batch.rollouts[b].reward for b in rows[agent]) for agent in agents]
+        for agent, own in zip(agents, totals, strict=True):
+            if own != totals[0]:
+                question = next(batch.rollouts[b].question for some in rows.values() for b in some)
+                raise ValueError(
+                    f"question {question.id!r}: agents {agents[0]!r} and {agent!r} must have the same trajectories, "
+                    f"got total rewards {totals[0]} and {own}: is every rollout's agent set?"
+                )

@@ -4,13 +4,16 @@ One conversation a line:
 
 * `id` (string, unique in the file), `split` ("train", "dev" or "test");
 * `messages`, in the order in which they were said, each with `id` (unique in the conversation), `speaker`, `text`
-  (strings, not empty), and optionally `session` (an integer that counts the sittings of the conversation);
+  (strings, not empty);
 * `questions`, each with `id` (unique in the file), `question`, `answers` (gold answer and its aliases: a list of
   strings, at least one, none empty), `evidence` (ids of the messages that hold the answer, at least one), and
   optionally `options` (the answers to choose from: two to 26 different ones, exactly one of them a gold answer) and
   `type` (a label);
 * optionally `facts`, what holds of the user at the end: each with `topic`, `value`, and optionally `outdated` (values
-  that it had before) and `evidence`. The default judge of profiles needs them.
+  that it had before) and `evidence`. The default judge of profiles needs them. A profile states a fact by naming its
+  value and none of its outdated ones, so that facts that no profile could state together are refused: a value without a
+  word, as texts are compared ("the"), and an outdated value that stands in its own or in another fact's value ("tea" in
+  "green tea").
 
 Other fields are ignored. Every error names the file, the line, the conversation and the field.
 """
@@ -25,7 +28,7 @@ from typing import Any
 from stepcredit.data import Dataset
 from stepcredit.data.jsonl import SPLITS, _check_new, _field, _hash, _records, _text, _texts
 from stepcredit.retrieval import Passage
-from stepcredit.rewards import normalize_answer
+from stepcredit.rewards import normalize_answer, states
 from stepcredit.rollout import Question
 
 MAX_OPTIONS = 26  # they are lettered
@@ -38,7 +41,6 @@ class Message:
     id: str
     speaker: str
     text: str
-    session: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def load_conversations(path: str | Path) -> Dataset:
         if split not in SPLITS:
             raise ValueError(f"{where}: field 'split' is {split!r}, expected one of {', '.join(SPLITS)}")
         ids, messages = _messages(record, identity, where)
-        facts = tuple(_facts(record, ids, where))
+        facts = _facts(record, ids, where)
         conversations.append(Conversation(identity, messages, facts))
         for place, entry in _objects(record, "questions", where):
             question = _question(entry, conversations[-1], ids, place)
@@ -165,30 +167,38 @@ def _messages(record: Mapping[str, Any], conversation: str, where: str) -> tuple
         if name in ids:
             raise ValueError(f"{place}: field 'id' repeats {name!r}")
         ids[name] = f"{conversation}/{name}"
-        session = entry.get("session", 0)
-        if not isinstance(session, int) or isinstance(session, bool):
-            raise ValueError(f"{place}: field 'session' must be an integer, got {session!r}")
-        messages.append(Message(ids[name], _text(entry, "speaker", place), _text(entry, "text", place), session))
+        messages.append(Message(ids[name], _text(entry, "speaker", place), _text(entry, "text", place)))
     if not messages:
         raise ValueError(f"{where}: field 'messages' is empty")
     return ids, tuple(messages)
 
 
-def _facts(record: Mapping[str, Any], ids: Mapping[str, str], where: str) -> Iterator[Fact]:
-    if "facts" not in record:
-        return
-    for place, entry in _objects(record, "facts", where):
-        yield Fact(
+def _facts(record: Mapping[str, Any], ids: Mapping[str, str], where: str) -> tuple[Fact, ...]:
+    """The facts, which a profile can state all together."""
+    facts: dict[str, Fact] = {}
+    for place, entry in _objects(record, "facts", where) if "facts" in record else ():
+        facts[place] = Fact(
             topic=_text(entry, "topic", place),
             value=_text(entry, "value", place),
             outdated=_texts(entry, "outdated", place) if "outdated" in entry else (),
             evidence=_evidence(entry, ids, place) if "evidence" in entry else (),
         )
+        if not normalize_answer(value := facts[place].value):
+            raise ValueError(f"{place}: field 'value' has no word that is compared, got {value!r}")
+    for place, fact in facts.items():
+        for old in fact.outdated:
+            for other in facts.values():
+                if states(other.value, old):
+                    raise ValueError(
+                        f"{place}: field 'outdated': {old!r} stands in the value {other.value!r} of topic "
+                        f"{other.topic!r}, so that no profile can state both facts"
+                    )
+    return tuple(facts.values())
 
 
-def _question(entry: Mapping[str, Any], conversation: Conversation, ids: Mapping[str, str], where: str) -> Question:
-    name = _text(entry, "id", where)
-    where = f"{where}: question {name!r}"
+def _question(entry: Mapping[str, Any], conversation: Conversation, ids: Mapping[str, str], place: str) -> Question:
+    name = _text(entry, "id", place)
+    where = f"{place}: question {name!r}"
     answers = _texts(entry, "answers", where)
     if not answers:
         raise ValueError(f"{where} has no gold answers: field 'answers' is empty")
@@ -201,7 +211,7 @@ def _question(entry: Mapping[str, Any], conversation: Conversation, ids: Mapping
     try:
         return MemoryQuestion(name, text, answers, evidence, kind=kind, conversation=conversation, options=options)
     except ValueError as error:
-        raise ValueError(f"{where}: field 'options': {error}") from None
+        raise ValueError(f"{place}: {error}") from None  # which names the question, and what is wrong with it
 
 
 def _evidence(entry: Mapping[str, Any], ids: Mapping[str, str], where: str) -> tuple[str, ...]:

@@ -144,18 +144,18 @@ def _conversation(name: str, settings: PersonaSettings, rng: random.Random) -> t
             sessions[rng.randrange(settings.sessions)].append((text, None, 0))
     messages: list[Message] = []
 
-    def say(speaker: str, text: str, session: int) -> None:
-        messages.append(Message(f"{name}/m{len(messages) + 1}", speaker, text, session))
+    def say(speaker: str, text: str) -> None:
+        messages.append(Message(f"{name}/m{len(messages) + 1}", speaker, text))
 
-    for session, said_then in enumerate(sessions):
+    for said_then in sessions:
         lines = said_then + [(text, None, 0) for text in rng.sample(_CHATTER * settings.chatter, settings.chatter)]
         rng.shuffle(lines)
         for text, about, which in lines:
             if about is not None:
                 about.messages[which].append(len(messages))
-            say("user", text, session)
+            say("user", text)
             if rng.random() < 0.4:
-                say("assistant", rng.choice(_REPLIES), session)
+                say("assistant", rng.choice(_REPLIES))
     facts = []
     for topic in topics:
         *outdated, value = topic.values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stepcredit._validate import at_least, one_length
+from stepcredit._validate import at_least, one_length, require
 from stepcredit.data.referring import Referral
 from stepcredit.data.scenes import iou, region
 from stepcredit.environments.search import Response, fault
@@ -66,8 +66,10 @@ class ClarifyEnvironment:
         episodes: Sequence[Sequence[Episode]] | None = None,
         questions: Sequence[Question] = (),
     ) -> list[Response]:
-        """As `Environment.respond`, of rollouts of a single episode; ValueError for a question without a referral."""
+        """As `Environment.respond`, of rollouts of a single episode; ValueError for one that has ended an episode, and
+        for a question without a referral."""
         one_length(turns=turns, searches=searches, faults=faults, forced=forced, questions=questions)
+        require(not any(episodes or ()), "episodes", "empty: a rollout in a scene has one episode", episodes)
         responses = []
         for turn, asked, wrong, opened, question in zip(turns, searches, faults, forced, questions, strict=True):
             if question.id not in self.referrals:

@@ -21,7 +21,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepcredit._validate import one_length
+from stepcredit._validate import one_length, require
 from stepcredit.data.conversations import Conversation, MemoryQuestion
 from stepcredit.environments.search import Response, SearchEnvironment
 from stepcredit.protocol import Piece, Protocol, Turn, escape_tags, tag_patterns
@@ -76,8 +76,8 @@ class Writing(Reading):
         return self.tag
 
     def parse_turn(self, text: str, forced_answer: bool = False) -> Turn:
-        """The text strictly between the first closing tag and the opener nearest before it, or after the forced opener;
-        without such a pair the turn is invalid. What stands around it is THINK."""
+        """The text strictly between the first closing tag that has an opener before it, be it the forced one, and the
+        opener nearest before it; without such a pair the turn is invalid. What stands around it is THINK."""
         opener: int | None = 0 if forced_answer else None
         pieces: list[Piece] = []
         at, found = 0, None
@@ -200,11 +200,12 @@ class MemoryEnvironment(SearchEnvironment):
 
     Args:
         protocol: the tag grammar.
-        options: `top_k`, `max_searches`, ... of `SearchEnvironment`.
+        options: `top_k`, `max_searches`, ... of `SearchEnvironment`; `episodes` may be 1 only.
     """
 
     def __init__(self, protocol: Protocol, **options: Any) -> None:
         super().__init__(MemoryRetriever(()), protocol, **options)
+        require(self.episodes == 1, "episodes", "1 in a memory pipeline", self.episodes)
 
     def respond(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from stepcredit.data.conversations import Conversation, MemoryQuestion
 from stepcredit.rewards import facts_stated
@@ -20,7 +21,10 @@ def facts(profiles: Sequence[str], conversations: Sequence[Conversation]) -> lis
 
 
 def load_judge(name: str) -> Judge:
-    """The judge of this name: "facts", or "module:function" of the user's own, which is imported.
+    """The judge of this name: "facts", or "module:function" of the user's own.
+
+    The module is imported: its code runs with your rights, also when `--resume DIR` reads the name from that
+    directory's `config.json`; name only modules you trust.
 
     Raises:
         ValueError: not such a name, or the module has no such function.
@@ -49,8 +53,15 @@ def check_facts(judge: Judge, questions: Sequence[MemoryQuestion]) -> None:
 
 
 def judged(judge: Judge, profiles: Sequence[str], conversations: Sequence[Conversation]) -> list[float]:
-    """The judge's scores; ValueError when they are not as many as the profiles, or one is not in [0, 1]."""
-    scores = [float(score) for score in judge(profiles, conversations)]
+    """The judge's scores; ValueError when they are no list of numbers or not as many as the profiles, or one is not in
+    [0, 1]."""
+    given: Any = judge(profiles, conversations)
+    try:
+        if isinstance(given, str | dict):  # whose items might pass for numbers
+            raise TypeError
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"memory.judge gave {given!r:.80}, not a list of scores") from None
     if len(scores) != len(profiles):
         raise ValueError(f"the judge gave {len(scores)} scores for {len(profiles)} profiles")
     for score, conversation in zip(scores, conversations, strict=True):

@@ -27,7 +27,7 @@ from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step
 from stepcredit.train.engine import Sampling
 from stepcredit.train.evaluation import evaluate_held_out
-from stepcredit.train.memory_setup import MemoryParts, fits, turn_tokens
+from stepcredit.train.memory_setup import MemoryParts, fits, special, turn_tokens
 from stepcredit.train.metrics import Clock, MetricsLog, data_metrics
 from stepcredit.train.overrides import to_json
 from stepcredit.train.pipeline import (
@@ -143,7 +143,7 @@ def warm_start(config: TrainConfig, parts: MemoryParts, state: State, log: Metri
         for step in range(settings.steps):
             start = time.perf_counter()
             share = slice(step * settings.batch, (step + 1) * settings.batch)
-            trajectories = run_pipeline(scripted(config, parts, scripts[share]), chosen[share])
+            trajectories = _run(config, parts, scripted(config, parts, scripts[share]), chosen[share])
             assign_pipeline_rewards(trajectories, config.memory, parts.judge)
             updated = {}
             for name, agent in parts.agents.items():
@@ -176,7 +176,8 @@ def warm_start(config: TrainConfig, parts: MemoryParts, state: State, log: Metri
 
 
 def scripted(config: TrainConfig, parts: MemoryParts, scripts: Sequence[MemoryScript]) -> Act:
-    """Scripts as agents, one a question, played through the real environments."""
+    """Scripts as agents, one a question, played through the real environments. A rollout in which a script wrote more
+    than its agent may write in a turn is counted as "long_scripts": the agent could not write it itself."""
 
     def act(name: str, tasks: Sequence[AgentTask], each: int) -> list[Rollout]:
         agent = parts.agents[name]
@@ -185,13 +186,17 @@ def scripted(config: TrainConfig, parts: MemoryParts, scripts: Sequence[MemorySc
             text = {"extraction": script.notes, "profile": script.profile, "retrieval": script.answer}[name]
             queries = (script.query,) if name == "retrieval" else ()
             played.append(Demonstration(task, "", queries, text))
-        return play(
+        rollouts = play(
             played,
             parts.environments[name],
             agent.tokenizer,
             prompt_style=config.environment.prompt,
             max_context=agent.engine.max_context,
         )
+        for rollout in rollouts:
+            if _is_long(config, name, rollout):
+                rollout.counts["long_scripts"] = 1
+        return rollouts
 
     return act
 
@@ -227,7 +232,34 @@ def _sample(
         mine = replace(sampling, seed=derive_seed(sampling.seed, name), max_turn_tokens=turn_tokens(config, name))
         return agent.engine.rollout(tasks, parts.environments[name], mine, group_size=each, progress=progress)
 
-    return run_pipeline(act, questions, group_size=group_size, fits=lambda name, task: fits(config, parts, name, task))
+    return _run(config, parts, act, questions, group_size)
+
+
+def _run(
+    config: TrainConfig, parts: MemoryParts, act: Act, questions: Sequence[MemoryQuestion], group_size: int = 1
+) -> list[Trajectory]:
+    """The pipeline, with the prompts that the agents' engines and tokenizers can be fed."""
+    return run_pipeline(
+        act,
+        questions,
+        group_size=group_size,
+        fits=lambda name, task: fits(config, parts, name, task),
+        special=lambda name, task: special(config, parts, name, task) is not None,
+    )
+
+
+def _is_long(config: TrainConfig, name: str, rollout: Rollout) -> bool:
+    """Whether a turn of a rollout is longer than its agent may write."""
+    turns = [0]
+    for span in rollout.spans:
+        if span.by_policy:
+            turns[-1] += span.stop - span.start
+        elif turns[-1]:
+            turns.append(0)
+    limits = [turn_tokens(config, name)] * len(turns)
+    if rollout.counts.get("forced_answers"):
+        limits[-1] = config.sampling.max_answer_tokens
+    return any(written > limit for written, limit in zip(turns, limits, strict=True))
 
 
 def _joint(updated: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -25,6 +25,8 @@ class MemoryConfig:
         extraction_tokens: tokens the extraction agent may write.
         profile_tokens: tokens the profile agent may write.
         judge: of profiles: "facts" (share of the known facts that the profile states), or your own "module:function".
+            The module is imported: its code runs with your rights, also when `--resume DIR` reads the name from that
+            directory's `config.json`; name only modules you trust.
         extraction_alpha: weight of recall against the Jaccard index in the extraction agent's reward (CoMAM: 0.8).
         retrieval_alpha: the same in the retrieval agent's reward (0.2 is how we read CoMAM's coefficient of 0.2).
         retrieval_scale: factor on the retrieval agent's reward (ours; 0.2 with an alpha of 0.8 is the other reading).
@@ -48,7 +50,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         choices(self, "memory.")
-        at_least(self, "memory.", rank=1, lora_alpha=0, extraction_tokens=1, profile_tokens=1, retrieval_scale=0.0)
+        at_least(self, "memory.", rank=1, lora_alpha=1, extraction_tokens=1, profile_tokens=1, retrieval_scale=0.0)
         for name in ("extraction_alpha", "retrieval_alpha", "good"):
             require(0 <= getattr(self, name) <= 1, f"memory.{name}", "in [0, 1]", getattr(self, name))
         require(len(self.models) in (0, 3), "memory.models", "the names of three models, or empty", self.models)

@@ -18,15 +18,40 @@ from stepcredit.environments.memory import (
     MemoryEnvironment,
     conversation_text,
     extraction_task,
+    profile_task,
+    retrieval_task,
     writing_environment,
 )
 from stepcredit.environments.search import SearchEnvironment
+from stepcredit.tokens import special_text
 from stepcredit.train.agents import Agent, build_agents
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.judges import Judge, check_facts, load_judge
 from stepcredit.train.optimizer import MasterAdamW
+from stepcredit.train.overrides import as_text, flatten
 from stepcredit.train.policy import resolve_device, resolve_dtype
 from stepcredit.train.progress import Reporter
+
+#: The setting that says how many tokens an agent may write in a turn.
+_TURN_TOKENS = {
+    "extraction": "memory.extraction_tokens",
+    "profile": "memory.profile_tokens",
+    "retrieval": "sampling.max_turn_tokens",
+}
+
+#: Settings that no memory pipeline reads: a field, or with a dot at its end a group.
+_UNREAD = (
+    "data.",
+    "rewards.",
+    "self_play.",
+    "loss.kl_coef",
+    "environment.protocol",
+    "environment.max_queries",
+    "environment.episodes",
+    "warm_start.mix.",
+    "warm_start.several",
+    "warm_start.merged",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +86,19 @@ def build_memory(config: TrainConfig, reporter: Reporter) -> MemoryParts:
     settings = config.memory
     require(isinstance(config.credit, CoMAM), "credit", "comam with memory.conversations", type(config.credit).__name__)
     require(not config.data.questions, "data.questions", "empty with memory.conversations", config.data.questions)
-    require(config.loss.kl_coef == 0, "loss.kl_coef", "0 with memory.conversations", config.loss.kl_coef)
-    episodes = config.environment.episodes
-    require(episodes == 1, "environment.episodes", "1 with memory.conversations", episodes)
-    played = config.self_play.examiner_steps
-    require(played == 0, "self_play.examiner_steps", "0 with memory.conversations", played)
+    _check_unread(config)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     if settings.conversations == "personas":
         dataset = build_conversations(settings.personas)
     else:
         dataset = load_conversations(settings.conversations)
-    used = [*dataset.train, *getattr(dataset, config.evaluation.split)]
+    used = cast(list[MemoryQuestion], [*dataset.train, *getattr(dataset, config.evaluation.split)])
     for split in ("train", config.evaluation.split):
         if not getattr(dataset, split):
             raise ValueError(f"memory.conversations={settings.conversations!r} has no {split} questions")
     judge = load_judge(settings.judge)
-    check_facts(judge, cast(list[MemoryQuestion], used))
+    check_facts(judge, used)
     parts = MemoryParts(
         agents=build_agents(config, _texts(dataset), device=device, dtype=dtype),
         dataset=dataset,
@@ -98,19 +119,20 @@ def build_memory(config: TrainConfig, reporter: Reporter) -> MemoryParts:
         reporter=reporter,
         seconds=time.perf_counter() - started,
     )
-    for question in {q.conversation.id: q for q in cast(list[MemoryQuestion], used)}.values():
-        if not fits(config, parts, "extraction", extraction_task(question)):
-            raise ValueError(
-                f"conversation {question.conversation.id!r} does not fit the context of the extraction agent's model, "
-                f"{parts.agents['extraction'].engine.max_context} tokens, with memory.extraction_tokens="
-                f"{settings.extraction_tokens}: split it, or leave it out"
-            )
+    for question in {q.conversation.id: q for q in used}.values():
+        what = f"conversation {question.conversation.id!r}"
+        _check_prompt(config, parts, "extraction", extraction_task(question), what)
+    for question in used:
+        what = f"question {question.id!r}"
+        _check_prompt(config, parts, "profile", profile_task(question, ()), what)
+        _check_prompt(config, parts, "retrieval", retrieval_task(question, (), ""), what)
     return parts
 
 
 def turn_tokens(config: TrainConfig, name: str) -> int:
-    written = {"extraction": config.memory.extraction_tokens, "profile": config.memory.profile_tokens}
-    return written.get(name, config.sampling.max_turn_tokens)
+    """Tokens that an agent may write in a turn."""
+    group, _, field = _TURN_TOKENS[name].partition(".")
+    return int(getattr(getattr(config, group), field))
 
 
 def fits(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask) -> bool:
@@ -120,6 +142,46 @@ def fits(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask) ->
     return len(prompt) + turn_tokens(config, name) <= agent.engine.max_context
 
 
+def special(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask) -> str | None:
+    """What a prompt would feed as a special token though it is only shown; None where there is nothing. A chat template
+    is encoded as one text, and "plain" keeps it text."""
+    chat = config.environment.prompt == "chat"
+    return special_text(parts.agents[name].tokenizer, task.shown) if chat else None
+
+
+def _check_unread(config: TrainConfig) -> None:
+    """ValueError for a setting that the run would not read, and which is not its default."""
+    settings = config.memory
+    unread = dict.fromkeys(_UNREAD, "memory.conversations")
+    if settings.conversations != "personas":
+        unread["memory.personas."] = "a file as memory.conversations"
+    if settings.agents == "models":
+        unread |= dict.fromkeys(("memory.rank", "memory.lora_alpha"), "memory.agents=models")
+    if settings.models:
+        unread["model.name"] = "memory.models"
+    defaults = flatten(TrainConfig()) | {"data.questions": ""}
+    for name, given in flatten(config).items():
+        for stem, reason in unread.items():
+            if name == stem or (stem.endswith(".") and name.startswith(stem)):
+                default = defaults[name]
+                rule = f"its default, {as_text(default) or 'empty'}, with {reason}, which does not read it"
+                require(given == default, name, rule, given)
+
+
+def _check_prompt(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask, what: str) -> None:
+    """ValueError if an agent's prompt cannot be fed, however little the agents before it wrote."""
+    if found := special(config, parts, name, task):
+        raise ValueError(
+            f"{what} holds {found!r}, a special token of the {name} agent's tokenizer, which environment.prompt=chat "
+            "would feed as a control token: leave it out, or use plain"
+        )
+    if not fits(config, parts, name, task):
+        raise ValueError(
+            f"{what} does not fit the context of the {name} agent's model, {parts.agents[name].engine.max_context} "
+            f"tokens, with {_TURN_TOKENS[name]}={turn_tokens(config, name)}: shorten it, or leave it out"
+        )
+
+
 def _texts(dataset: Dataset) -> Iterator[str]:
     """What the agents read and write, for training a tokenizer; their tags become tokens of their own."""
     questions = cast(list[MemoryQuestion], dataset.train)
@@ -127,4 +189,4 @@ def _texts(dataset: Dataset) -> Iterator[str]:
     for q in questions:
         yield f"Profile:\nNotes:\n[1] {' '.join(q.plan)}: {q.answers[0]}\nQuestion: {q.text}\nOptions: (a)\n"
     tags = ("memory", "profile", "search", "answer", "information")
-    yield from [f"<{tag}> </{tag}>" for tag in tags] * 500
+    yield from [f"<{tag}> </{tag}>" for tag in tags] * 500  # more frequent than any word

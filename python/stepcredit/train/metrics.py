@@ -51,8 +51,10 @@ GLOSSARY: dict[str, str] = {
     "several of them); in scenes empty_questions, excess_questions, unclear_questions, refused_questions and "
     "foreign_questions (not understood, for the region itself, about nothing in the scene), unreadable_answers; of a "
     "memory pipeline malformed_entries, unknown_messages and repeated_messages (lines of the extraction agent that are "
-    "no entry, name no message or one again), dropped_entries and dropped_lines (left out of a prompt that would not "
-    "fit)",
+    "no entry, name no message or one again), special_entries and special_lines (left out of a prompt because they "
+    "hold the text of a special token), dropped_entries and dropped_lines (left out of one that would not fit), "
+    "unreadable_answers (that choose none of the options), and in its warm start long_scripts (rollouts in which a "
+    "script wrote more than its agent may in a turn)",
     "policy_tokens": "tokens the policy wrote, per rollout",
     "length": "tokens per rollout, prompt and environment included",
     "entropy": "mean negative log-prob of the sampled tokens, nats: an estimate of the policy's entropy",
@@ -144,13 +146,13 @@ GLOSSARY: dict[str, str] = {
     "clarify/weight, clarify/clipped": "mean weight of an advantage, and share of the tokens whose ratio is clipped",
     "clarify/too_long": "rollouts that the teacher did not weigh: they do not fit the context with what it is told",
     "clarify/tokens_teacher, clarify/seconds": "tokens run through teacher and policy for it, and seconds of that",
-    "comam/reward_<agent>": "comam: mean local reward of an agent",
+    "comam/reward_<agent>": "comam: mean local reward of an agent: local_<agent> of the step",
     "comam/ndcg_<agent>": "mean NDCG of ranking an input's trajectories by that reward against the pipeline's reward",
     "comam/weight_<agent>": "mean weight of the pipeline's reward in the agent's; the agents' sum to 1",
     "comam/advantage_<agent>": "mean absolute advantage of the agent's tokens",
     "comam/all_wrong": "share of inputs of which no trajectory is right: there every NDCG is 1, and weights are equal",
     "local_<agent>, finished_<agent>": "of a memory pipeline: mean local reward of an agent, and share of its rollouts "
-    "that closed their text",
+    "that closed their text; finished is the retrieval agent's",
     "coverage, entries": "mean share of the evidence that the extraction agent kept, and messages it kept a trajectory",
     "loss_<agent>, grad_norm_<agent>": "of a memory pipeline: those of one agent; without a name their means",
     "tokens_rollout, tokens_credit, tokens_update": "tokens_forwarded of a GRPO step by part",

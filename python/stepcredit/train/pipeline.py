@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 #: An agent at work: its name, N tasks, and how many rollouts of each; gives them task by task.
 Act = Callable[[str, Sequence[AgentTask], int], Sequence[Rollout]]
 
-#: Whether a prompt leaves room for what the agent writes: the agent's name and its task.
-Fits = Callable[[str, AgentTask], bool]
+#: Something about an agent's prompt: the agent's name and its task.
+Check = Callable[[str, AgentTask], bool]
 
 
 @dataclass(slots=True)
@@ -52,20 +52,28 @@ class Trajectory:
 
 
 def run_pipeline(
-    act: Act, questions: Sequence[MemoryQuestion], *, group_size: int = 1, fits: Fits = lambda name, task: True
+    act: Act,
+    questions: Sequence[MemoryQuestion],
+    *,
+    group_size: int = 1,
+    fits: Check = lambda name, task: True,
+    special: Check = lambda name, task: False,
 ) -> list[Trajectory]:
     """`group_size` trajectories of every question, question by question; the agents act one after the other.
 
-    An agent that wrote nothing in its tags leaves an empty memory or profile, and the next acts on that. Where a prompt
-    does not fit, the oldest entries of the memory, or the last lines of the profile, are left out of it one by one
-    (counted as "dropped_entries" and "dropped_lines"). Each rollout gets its agent's name and its question's number as
-    `group`. The answer of a question with options becomes the text of the option that it chooses.
+    An agent that wrote nothing in its tags leaves an empty memory or profile, and the next acts on that. Entries and
+    lines that hold the text of a special token are left out of the next agent's prompt (counted as "special_entries"
+    and "special_lines"). Where it then does not fit, the oldest entries of the memory, or the last lines of the
+    profile, are left out of it one by one (counted as "dropped_entries" and "dropped_lines"). All entries can still be
+    searched. Each rollout gets its agent's name and its question's number as `group`. The answer of a question with
+    options becomes the text of the option that it chooses; one that chooses none is counted as "unreadable_answers".
 
     Args:
         act: what the agents are: engines, or scripts.
         questions: Q questions.
         group_size: trajectories of each.
-        fits: whether a task's prompt fits its agent.
+        fits: whether a task's prompt leaves room for what its agent writes.
+        special: whether a task's prompt would feed what it shows as a special token of its agent's tokenizer.
     """
     trajectories = [Trajectory(question) for question in questions for _ in range(group_size)]
 
@@ -83,28 +91,35 @@ def run_pipeline(
 
     tasks, dropped = [], []
     for t in trajectories:
-        shown = list(t.memory)
+        entries = [entry for entry in t.memory if not special("profile", profile_task(t.question, [entry]))]
+        shown = list(entries)
         while not fits("profile", task := profile_task(t.question, shown)) and shown:
             shown.pop(0)
         tasks.append(task)
-        dropped.append({"dropped_entries": len(t.memory) - len(shown)})
+        dropped.append({"special_entries": len(t.memory) - len(entries), "dropped_entries": len(entries) - len(shown)})
     step("profile", tasks, 1)
     _count(trajectories, "profile", dropped)
 
     tasks, dropped = [], []
     for t in trajectories:
         t.profile = t.rollouts["profile"].answer or ""
-        lines = t.profile.splitlines()
+        written = t.profile.splitlines()
+        plain = [line for line in written if not special("retrieval", retrieval_task(t.question, (), line))]
+        lines = list(plain)
         while not fits("retrieval", task := retrieval_task(t.question, t.memory, "\n".join(lines))) and lines:
             lines.pop()
         tasks.append(task)
-        dropped.append({"dropped_lines": len(t.profile.splitlines()) - len(lines)})
+        dropped.append({"special_lines": len(written) - len(plain), "dropped_lines": len(plain) - len(lines)})
     step("retrieval", tasks, 1)
     _count(trajectories, "retrieval", dropped)
+    unreadable = []
     for t in trajectories:
         rollout, options = t.rollouts["retrieval"], t.question.options
-        if options and (chosen := chosen_option(rollout.answer, options)) is not None:
+        chosen = chosen_option(rollout.answer, options)
+        if chosen is not None:
             rollout.answer = options[chosen]
+        unreadable.append({"unreadable_answers": int(bool(options and rollout.answer) and chosen is None)})
+    _count(trajectories, "retrieval", unreadable)
     return trajectories
 
 
@@ -139,16 +154,16 @@ def assign_pipeline_rewards(trajectories: Sequence[Trajectory], settings: Memory
 
 def pipeline_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """What became of trajectories, by the names of `train.metrics.GLOSSARY`: `summarize` of the retrieval agent's
-    rollouts, with the counts of all agents; of each agent `local_<agent>` and `finished_<agent>`; and `coverage` and
-    `entries` of the fine memory."""
+    rollouts, with the counts of all agents; `local_<agent>` of each agent, and `finished_<agent>` of the other two; and
+    `coverage` and `entries` of the fine memory."""
     by_agent = {name: [t.rollouts[name] for t in trajectories] for name in AGENTS}
     metrics = summarize(by_agent["retrieval"])
     for name in ("extraction", "profile"):
+        metrics[f"finished_{name}"] = fmean(map(closed_answer, by_agent[name]))
         for rollout in by_agent[name]:
             for what, number in rollout.counts.items():
                 metrics[f"count_{what}"] = metrics.get(f"count_{what}", 0.0) + number
     for name, rollouts in by_agent.items():
-        metrics[f"finished_{name}"] = fmean(map(closed_answer, rollouts))
         metrics[f"local_{name}"] = fmean(rollout.rewards["local"] for rollout in rollouts)
     metrics["coverage"] = fmean(rollout.rewards["coverage"] for rollout in by_agent["extraction"])
     metrics["entries"] = fmean(len(t.memory) for t in trajectories)

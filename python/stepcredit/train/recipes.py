@@ -140,7 +140,8 @@ def comam() -> TrainConfig:
         questions_per_step=4,
         group_size=8,
         data=DataConfig(questions=""),
-        memory=MemoryConfig(conversations="personas", extraction_tokens=96, profile_tokens=48),
+        # The longest scripts of the warm start, tags included, are 103 and 30 tokens.
+        memory=MemoryConfig(conversations="personas", extraction_tokens=112, profile_tokens=48),
         environment=EnvironmentConfig(top_k=3, max_searches=1, passage_words=40),
         sampling=SamplingConfig(max_turn_tokens=24, max_answer_tokens=16),
         credit=CoMAM(),

@@ -76,6 +76,8 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
         ValueError, OSError, ImportError: something the user named is wrong or not there; the message says what.
     """
     started = time.perf_counter()
+    given = config.memory.conversations
+    require(not given, "memory.conversations", "empty for one policy (build_memory is for a pipeline)", given)
     rule = "a method for one policy without memory.conversations (comam is for the agents of the recipe comam)"
     require(not isinstance(config.credit, CoMAM), "credit", rule, "comam")
     device = resolve_device(config.model.device)
