@@ -14,6 +14,8 @@ over rounds, of which a row holds the number. Updates that run the same tokens t
 work, so that a round runs them once and the methods share the time. Overheads are over `search_r1`: of the whole step,
 and of credit and update alone. The memory that `sd_search` adds has a row of its own, beside the size of the logits of
 its query tokens.
+
+`pi_play` and `clarify` have no row: the batch's question has no construction path and its turns ask no user.
 """
 
 from __future__ import annotations

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-#: Panels: title, then (metric, label, factor) of each line.
-_PANELS: tuple[tuple[str, tuple[tuple[str, str, float], ...]], ...] = (
-    ("Reward", (("reward", "total", 1), ("reward_f1", "F1", 1), ("reward_std", "std within groups", 1))),
-    ("Answers, %", (("em", "EM", 100), ("f1", "F1", 100), ("finished", "finished", 100))),
-    ("Retrieval, %", (("hit", "gold passages", 100), ("any_hit", "any gold passage", 100))),
-    ("Searches per rollout", (("searches", "searches", 1),)),
-    ("Information gain, nats per token", (("ig/gain_mean", "mean", 1), ("ig/gain_std", "std", 1))),
-    (
+#: Panels by key: title, then (metric, label, factor) of each line.
+_PANELS: dict[str, tuple[str, tuple[tuple[str, str, float], ...]]] = {
+    "reward": ("Reward", (("reward", "total", 1), ("reward_f1", "F1", 1), ("reward_std", "std within groups", 1))),
+    "answers": ("Answers, %", (("em", "EM", 100), ("f1", "F1", 100), ("finished", "finished", 100))),
+    "retrieval": ("Retrieval, %", (("hit", "gold passages", 100), ("any_hit", "any gold passage", 100))),
+    "searches": ("Searches per rollout", (("searches", "searches", 1),)),
+    "gain": ("Information gain, nats per token", (("ig/gain_mean", "mean", 1), ("ig/gain_std", "std", 1))),
+    "seconds": (
         "Seconds per step",
         (("seconds_rollout", "rollout", 1), ("seconds_credit", "credit", 1), ("seconds_update", "update", 1)),
     ),
-)  # fmt: skip
+}  # fmt: skip
 
 #: In the place of the information gain where self-play has an examiner; its points are the examiner's steps.
 _EXAMINER = (
@@ -47,18 +47,20 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
     except ModuleNotFoundError:
         return f"{path} was not drawn: matplotlib is not installed (pip install matplotlib)"
     evaluations = {m["when"]: m for m in metrics if m["phase"] == "evaluation"}
-    panels = [_EXAMINER if examiner and panel[0].startswith("Information") else panel for panel in _PANELS]
+    panels = dict(_PANELS)
+    if examiner:
+        panels["gain"] = _EXAMINER
     figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    for axes, (key, (title, lines)) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for (name, label, factor), colour in zip(lines, _COLOURS, strict=False):
-            shown = examiner if title == "Examiner" else steps
+            shown = examiner if examiner and key == "gain" else steps
             points = [(m["step"], factor * m[name]) for m in shown if m.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3)
             ends = [
-                (m["step"], factor * m[key])
+                (m["step"], factor * m[sampled])
                 for when in ("before", "after")
-                if (m := evaluations.get(when)) and (key := f"sampled_{name}") in m
+                if (m := evaluations.get(when)) and (sampled := f"sampled_{name}") in m
             ]
             if ends and title.endswith("%"):
                 axes.plot(
@@ -71,7 +73,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
         axes.grid(alpha=0.25)
         if title.endswith("%"):
             axes.set_ylim(-2, 102)
-        elif not title.startswith("Information"):
+        elif key != "gain" or examiner:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         if axes.lines:
             axes.legend(fontsize=8, frameon=False)
