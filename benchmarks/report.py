@@ -77,7 +77,7 @@ def line(row: Row, old: Row | None) -> str:
         parts.append(f"{above / 1e6:+.3g} MB over search_r1, logits of its queries {logits / 1e6:.3g} MB")
     if "peak_bytes" in row:
         parts.append(f"peak {row['peak_bytes'] / 1e6:.3g} MB")
-    if old is not None:
+    if old is not None and "seconds" in old:  # a row of memory alone may have none
         parts.append(f"before {_duration(old['seconds'])} at {old['commit']}, {old['seconds'] / row['seconds']:.2f}x")
     return "  ".join(parts)
 
