@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -140,10 +141,32 @@ Kernels kernels(Int8Path path) {
   return STEPCREDIT_KERNELS(multiply_plain);
 }
 
-// Bounds of the scores of one block for one query, and into `seen` what reaches its bar: comparisons are negated, so
-// that a bound that overflowed to NaN excludes nothing.
+// Largest errors and lengths of one block's rows, with which all of them are bounded at once. None is negative, and so
+// they are ordered like their bits, whose maximum vectorises.
+struct Widest {
+  float error, norm;
+};
+
+STEPCREDIT_CLONES Widest widest_of(const CertifiedSearchParams& p, int64_t first, int64_t count) {
+  int32_t error = 0, norm = 0;
+  for (int64_t r = first; r < first + count; ++r) {
+    int32_t bits[2];
+    std::memcpy(&bits[0], p.error + r, sizeof bits[0]);
+    std::memcpy(&bits[1], p.norm + r, sizeof bits[1]);
+    error = std::max(error, bits[0]);
+    norm = std::max(norm, bits[1]);
+  }
+  Widest out;
+  std::memcpy(&out.error, &error, sizeof error);
+  std::memcpy(&out.norm, &norm, sizeof norm);
+  return out;
+}
+
+// Bounds of the scores of one block for one query, and into `seen` what reaches its bar. Most blocks hold nothing that
+// does, as the widest bound tells at less cost. Comparisons are negated, so that a bound that overflowed to NaN
+// excludes nothing.
 STEPCREDIT_CLONES void screen(const CertifiedSearchParams& p, int64_t q, int64_t first, const int32_t* sums,
-                              const ExactScores& exact, Seen& seen) {
+                              const Widest& widest, const ExactScores& exact, Seen& seen) {
   const int64_t count = std::min<int64_t>(kRows, p.num_passages - first);
   const int32_t offset = p.query_offset[q];
   const float scale = p.query_scale[q], left_out = p.query_error[q], length = p.query_norm[q], mean = p.query_mean[q];
@@ -153,13 +176,22 @@ STEPCREDIT_CLONES void screen(const CertifiedSearchParams& p, int64_t q, int64_t
   constexpr float kUlps = 4.8e-7f;
   // For scales so small that their product is rounded as, or flushed like, a number below 2^-126.
   const float tiny = 16384.0f * static_cast<float>(p.width) * 0x1p-125f;
+  // Twice the units, for sums in another order than below: what this excludes must not be a candidate there.
+  const float ulps = p.exact ? 2 * kUlps : 0.0f;
+  const float widest_left = 1.000001f * (length * widest.error + left_out * widest.norm);
+  const float above = mean + (p.exact ? widest_left + ulps * std::fabs(mean) + tiny : 0.0f);
   float est[kRows], reach[kRows];
   int any = 0;
   for (int64_t r = 0; r < count; ++r) {
-    const float centred = static_cast<float>(sums[r] - offset) * (scale * p.scale[first + r]);
+    est[r] = static_cast<float>(sums[r] - offset) * (scale * p.scale[first + r]);
+    any |= !(est[r] + ulps * std::fabs(est[r]) + above < seen.bar);
+  }
+  if (!any) return;
+  any = 0;
+  for (int64_t r = 0; r < count; ++r) {
     const float left = 1.000001f * (length * p.error[first + r] + left_out * p.norm[first + r]);
-    est[r] = centred + mean;
-    reach[r] = p.exact ? left + kUlps * std::fabs(centred) + kUlps * std::fabs(mean) + tiny : 0.0f;
+    reach[r] = p.exact ? left + kUlps * std::fabs(est[r]) + kUlps * std::fabs(mean) + tiny : 0.0f;
+    est[r] += mean;
     any |= !(est[r] + reach[r] < seen.bar);
   }
   if (!any) return;
@@ -194,12 +226,13 @@ void certified_search_cpu(const CertifiedSearchParams& p) {
     int32_t sums[kQueries][kRows];
     for (int64_t block = begin; block < end; ++block) {
       const uint8_t* rows = p.rows + block * stride * kRows;
+      const Widest widest = widest_of(p, block * kRows, std::min<int64_t>(kRows, p.num_passages - block * kRows));
       for (int64_t q = 0; q < p.num_queries; q += kQueries) {
         const int count = static_cast<int>(std::min<int64_t>(kQueries, p.num_queries - q));
         const int8_t* queries[kQueries] = {};
         for (int c = 0; c < count; ++c) queries[c] = p.queries + (q + c) * stride;
         multiply.by_count[count - 1](rows, queries, groups, sums);
-        for (int c = 0; c < count; ++c) screen(p, q + c, block * kRows, sums[c], exact, seen[part][q + c]);
+        for (int c = 0; c < count; ++c) screen(p, q + c, block * kRows, sums[c], widest, exact, seen[part][q + c]);
       }
     }
   }
