@@ -21,7 +21,7 @@ LONG = 20.0
 #: `LONG_ROUND` seconds, else one, and more as long as they would end within `CASE_SECONDS`.
 CASE_ROUNDS = (2, 10)
 CASE_SECONDS = 180.0 if DEVICE == "cpu" else 4.0
-LONG_ROUND = 300.0
+LONG_ROUND = 420.0
 
 
 def another_round(done: int, elapsed: float) -> bool:
