@@ -36,23 +36,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from benchmarks.allocator import memory_kept
 from benchmarks.measure import DEVICE, another_round, peak_bytes, seconds
+from benchmarks.scripted_batch import PROTOCOL, WORDS, policy
 from benchmarks.shapes import SHAPES
 from stepcredit import Question, RolloutBatch, SpanKind
 from stepcredit.branches.policy_tokens import score_tokens
 from stepcredit.counterfactual import StepGains, score_steps
-from stepcredit.protocol import get_protocol
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.engine import Transcript
-from stepcredit.train.policy import tiny_policy
 
-PROTOCOL = get_protocol("search_r1")
 #: Largest difference of a score, nats per token, at which a way still counts as right.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
-WORDS = [f"{a}{b}{c}" for a in "kstnm" for b in "aeiou" for c in "lrnsk"]
 
 
 #: Returns scores [steps, 1 + N] of the first steps or all, or log-probs, and tokens forwarded (padding included).
@@ -73,29 +70,18 @@ class Way:
 Round = dict[str, Way]
 
 
-@cache
-def policy(dtype: torch.dtype, layers: int = 30) -> PolicyScorer:
-    """Random weights in the shape of SmolLM2-135M, of fewer layers for the small shape; only token ids matter, so the
-    tokenizer is a small one."""
-    tokenizer = tiny_policy([" ".join(WORDS), "<think></think><search></search><information></information>"], 0)[1]
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(config)
-    return PolicyScorer(model.to(DEVICE, dtype).eval(), tokenizer, PROTOCOL)
+#: Width and vocabulary of SmolLM2-135M.
+SMOLLM2 = {"width": 576, "vocabulary": 49152}
+
+
+def small_policy() -> PolicyScorer:
+    """Its tokenizer is every policy's here."""
+    return policy(2, **SMOLLM2, dtype=torch.float32)
 
 
 def text(tokens: int, seed: object) -> str:
     """Words that take this many tokens."""
-    rng, scorer, words = random.Random(repr(seed)), policy(torch.float32, 2), ["so"]
+    rng, scorer, words = random.Random(repr(seed)), small_policy(), ["so"]
     while len(scorer.encode(" ".join(words))) < tokens:
         words.append(rng.choice(WORDS))
     return scorer.decode(scorer.encode(" ".join(words))[:tokens])
@@ -104,7 +90,7 @@ def text(tokens: int, seed: object) -> str:
 @cache
 def batch(searches: int, passage: int, rollouts: int) -> RolloutBatch:
     """A group: one prompt of 200 tokens, then per search 40 tokens of reasoning and query, and its passages."""
-    tokenizer = policy(torch.float32, 2).tokenizer
+    tokenizer = small_policy().tokenizer
     question = Question("q", "Which?", (text(6, "answer"),))
     made = []
     for b in range(rollouts):
@@ -130,7 +116,7 @@ def passages(data: RolloutBatch, rollout: int, step: int) -> slice:
 
 def contexts(data: RolloutBatch, gains: StepGains) -> list[tuple[int, int, list[list[int]]]]:
     """Per step: its rollout, where its passages begin, and the tokens of its contexts, the real one first."""
-    probe = policy(torch.float32, 2).encode(PROTOCOL.answer_probe)
+    probe = small_policy().encode(PROTOCOL.answer_probe)
     found = []
     for b, t, draws in zip(gains.rollout.tolist(), gains.step.tolist(), gains.draws, strict=True):
         tokens, shown = data.rollouts[b].tokens, passages(data, b, t)
@@ -209,7 +195,7 @@ def old_logprobs(data: RolloutBatch, scorer: PolicyScorer) -> tuple[torch.Tensor
 def ways(shape: str, dtype: torch.dtype) -> dict[str, tuple[Pass, int]]:
     """All ways over the same draws, in their order in a round (`ours`, the first, draws), and how often each counts."""
     size = SHAPES["counterfactual"][shape]
-    scorer = policy(dtype, size["layers"])
+    scorer = policy(size["layers"], **SMOLLM2, dtype=dtype)
     data = batch(size["searches"], size["passage"], size["rollouts"])
     drawn: list[StepGains] = []
 

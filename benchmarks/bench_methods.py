@@ -32,7 +32,7 @@ import pytest
 import torch
 
 from benchmarks.measure import DEVICE, peak_bytes, synchronised
-from benchmarks.scripted_batch import PROTOCOL, Script, policy, turns_of, words_only
+from benchmarks.scripted_batch import PROTOCOL, Script, policy, words_only
 from benchmarks.shapes import SHAPES
 from stepcredit.credit import (
     IGPO,
@@ -157,7 +157,7 @@ def check(step: Step, updates: str, dtype: torch.dtype) -> None:
         if credit.distillation is not None:
             assert torch.equal(credit.advantages, plain.advantages), f"{name} changes advantages"
     for found, written in zip(step.rollout(), step.script.rollouts, strict=True):
-        lengths = [[s.stop - s.start for s in turns_of(rollout)] for rollout in (found, written)]
+        lengths = [[s.stop - s.start for s in rollout.turns()] for rollout in (found, written)]
         assert lengths[0] == lengths[1], f"the engine's turns have {lengths[0]} tokens, the batch's {lengths[1]}"
 
 

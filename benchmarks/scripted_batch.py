@@ -147,16 +147,3 @@ def words_only(scorer: PolicyScorer) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def turns_of(rollout: Rollout) -> list[slice]:
-    """What the policy wrote between two messages of the environment."""
-    turns: list[slice] = []
-    for span in rollout.spans:
-        if not span.by_policy:
-            continue
-        if turns and turns[-1].stop == span.start:
-            turns[-1] = slice(turns[-1].start, span.stop)
-        else:
-            turns.append(slice(span.start, span.stop))
-    return turns

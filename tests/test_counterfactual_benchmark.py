@@ -30,7 +30,7 @@ def test_wrong_scores_have_no_speed(wrong, monkeypatch):
         return gains
 
     monkeypatch.setattr(bench_counterfactual, "batch", bench_counterfactual.batch.__wrapped__)
-    monkeypatch.setattr(bench_counterfactual, "policy", lambda *_: policy)
+    monkeypatch.setattr(bench_counterfactual, "policy", lambda *_, **__: policy)
     monkeypatch.setattr(bench_counterfactual, "score_steps", scored)
     runs = bench_counterfactual.ways("small", torch.float32)
     if wrong:

@@ -19,7 +19,7 @@ from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train import __main__ as command
-from stepcredit.train import loop, self_play
+from stepcredit.train import loop, self_play, summary
 from stepcredit.train.checkpoint import State, load_checkpoint
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.metrics import MetricsLog, documented
@@ -93,7 +93,7 @@ def scripted_roles(monkeypatch: pytest.MonkeyPatch, script: Script) -> list[Self
 @pytest.fixture(autouse=True)
 def without_curves(monkeypatch):
     """Drawing takes longer than a step."""
-    monkeypatch.setattr(loop, "draw_curves", lambda metrics, path: "")
+    monkeypatch.setattr(summary, "draw_curves", lambda metrics, path: "")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from stepcredit.environments.memory import AGENTS
 from stepcredit.rollout import RolloutBatch
 from stepcredit.train import __main__ as command
 from stepcredit.train import memory, memory_setup
+from stepcredit.train import summary as run_summary
 from stepcredit.train.checkpoint import State, load_checkpoint
 from stepcredit.train.memory import train_memory, train_step
 from stepcredit.train.memory_setup import build_memory
@@ -36,7 +37,7 @@ TIMED = ("seconds",)
 def rewarded(monkeypatch):
     """Agents earn something for whatever they write. Curves take half of a run's time here, and are not drawn."""
     monkeypatch.setattr(memory, "assign_pipeline_rewards", made_up_rewards)
-    monkeypatch.setattr(memory, "draw_curves", lambda metrics, path: "")
+    monkeypatch.setattr(run_summary, "draw_curves", lambda metrics, path: "")
 
 
 def run(directory, *overrides, resume=False):

@@ -16,13 +16,14 @@ from stepcredit.environments import ClarifyEnvironment
 from stepcredit.rollout import SpanKind
 from stepcredit.train.checkpoint import State
 from stepcredit.train.engine import HFEngine
-from stepcredit.train.loop import summary_line, train, train_step, warm_start
+from stepcredit.train.loop import train, train_step, warm_start
 from stepcredit.train.metrics import MetricsLog, documented
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.overrides import apply_overrides
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import get_recipe
 from stepcredit.train.setup import Parts, build
+from stepcredit.train.summary import summary_line
 from stepcredit.train.warm_start import play
 
 WORDS = ["model.name=tiny", "model.dtype=float32", "model.device=cpu", "sampling.max_turn_tokens=24", "group_size=4",

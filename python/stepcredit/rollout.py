@@ -229,6 +229,18 @@ class Rollout:
         """Those of its searches that are questions to a user."""
         return [search for search in self.searches if isinstance(search, Inquiry)]
 
+    def turns(self) -> list[slice]:
+        """The tokens of each turn: what the policy wrote between two messages of the environment."""
+        turns: list[slice] = []
+        for span in self.spans:
+            if not span.by_policy:
+                continue
+            if turns and turns[-1].stop == span.start:
+                turns[-1] = slice(turns[-1].start, span.stop)
+            else:
+                turns.append(slice(span.start, span.stop))
+        return turns
+
     @property
     def reward(self) -> float:
         """The total reward, `rewards["total"]`; ValueError before rewards were assigned."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from stepcredit.data import Dataset
-from stepcredit.data.jsonl import SPLITS, _check_new, _field, _hash, _records, _text, _texts
+from stepcredit.data.jsonl import SPLITS, _check_new, _field, _hash, _records, _split, _text, _texts
 from stepcredit.retrieval import Passage
 from stepcredit.rewards import normalize_answer, states
 from stepcredit.rollout import Question
@@ -125,9 +125,7 @@ def load_conversations(path: str | Path) -> Dataset:
         identity = _text(record, "id", where)
         _check_new(identity, line, first_line, where)
         where = f"{where}: conversation {identity!r}"
-        split = _text(record, "split", where)
-        if split not in SPLITS:
-            raise ValueError(f"{where}: field 'split' is {split!r}, expected one of {', '.join(SPLITS)}")
+        split = _split(record, where)
         ids, messages = _messages(record, identity, where)
         facts = _facts(record, ids, where)
         conversations.append(Conversation(identity, messages, facts))

@@ -116,9 +116,7 @@ def load_questions(
         identity = _text(record, "id", where)
         _check_new(identity, line, first_line, where)
         where = f"{where}: question {identity!r}"
-        split = _text(record, "split", where)
-        if split not in SPLITS:
-            raise ValueError(f"{where}: field 'split' is {split!r}, expected one of {', '.join(SPLITS)}")
+        split = _split(record, where)
         answers = _texts(record, "answers", where)
         if not answers:
             raise ValueError(f"{where} has no gold answers: field 'answers' is empty")
@@ -196,6 +194,13 @@ def _texts(record: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     if not all(item.strip() for item in value):
         raise ValueError(f"{where}: field {name!r} holds an empty string: {value!r}")
     return tuple(value)
+
+
+def _split(record: dict[str, Any], where: str) -> str:
+    split = _text(record, "split", where)
+    if split not in SPLITS:
+        raise ValueError(f"{where}: field 'split' is {split!r}, expected one of {', '.join(SPLITS)}")
+    return split
 
 
 def _check_new(identity: str, line: int, first_line: dict[str, int], where: str) -> None:

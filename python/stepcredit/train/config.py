@@ -119,6 +119,12 @@ class EnvironmentConfig:
         )
 
     @property
+    def search_options(self) -> dict[str, Any]:
+        """Options of a `SearchEnvironment`, but for its number of episodes."""
+        names = ("top_k", "max_searches", "passage_words", "force_answer", "max_invalid", "skip_shown")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def grammar(self) -> Protocol:
         """The protocol with this limit of queries."""
         protocol = get_protocol(self.protocol)

@@ -17,7 +17,6 @@ import torch
 from stepcredit.credit import CreditMethod
 from stepcredit.credit.base import taught_by_average, taught_by_reference
 from stepcredit.data.demonstrations import Demonstration, demonstrations, in_parallel
-from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Question, Rollout, RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
@@ -28,7 +27,7 @@ from stepcredit.train.metrics import Clock, MetricsLog, data_metrics, outcome_me
 from stepcredit.train.overrides import to_json
 from stepcredit.train.rewards import assign_rewards
 from stepcredit.train.setup import Parts, reference_policy
-from stepcredit.train.summary import summarize_run, summary_line
+from stepcredit.train.summary import conclude
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
 
@@ -90,11 +89,7 @@ def train(config: TrainConfig, parts: Parts, directory: Path, *, resume: bool = 
     parts.model.save_pretrained(directory / "model")
     parts.tokenizer.save_pretrained(directory / "model")
     state.seconds = time.perf_counter() - started
-    summary = summarize_run(config, state, after)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    parts.reporter.line(draw_curves(log.read(), directory / "curves.png"))
-    parts.reporter.line(summary_line(summary))
-    return summary
+    return conclude(config, state, after, log, directory, parts.reporter)
 
 
 def self_play(config: TrainConfig, parts: Parts) -> SelfPlay | None:

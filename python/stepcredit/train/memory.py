@@ -20,7 +20,6 @@ from stepcredit.data.conversations import MemoryQuestion
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.data.memory_scripts import MemoryScript, memory_scripts
 from stepcredit.environments.memory import AGENTS, AgentTask
-from stepcredit.report.curves import draw_curves
 from stepcredit.rollout import Rollout, RolloutBatch
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
@@ -39,7 +38,7 @@ from stepcredit.train.pipeline import (
     sampled_metrics,
 )
 from stepcredit.train.progress import Advance
-from stepcredit.train.summary import summarize_run, summary_line
+from stepcredit.train.summary import conclude
 from stepcredit.train.update import policy_update, supervised_step
 from stepcredit.train.warm_start import play
 
@@ -75,11 +74,7 @@ def train_memory(config: TrainConfig, parts: MemoryParts, directory: Path, *, re
     for name, agent in parts.agents.items():
         agent.save(directory / "agents" / name)
     state.seconds = time.perf_counter() - started
-    summary = summarize_run(config, state, after)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    parts.reporter.line(draw_curves(log.read(), directory / "curves.png"))
-    parts.reporter.line(summary_line(summary))
-    return summary
+    return conclude(config, state, after, log, directory, parts.reporter)
 
 
 def train_step(config: TrainConfig, parts: MemoryParts, state: State, step: int) -> dict[str, Any]:
@@ -250,16 +245,11 @@ def _run(
 
 def _is_long(config: TrainConfig, name: str, rollout: Rollout) -> bool:
     """Whether a turn of a rollout is longer than its agent may write."""
-    turns = [0]
-    for span in rollout.spans:
-        if span.by_policy:
-            turns[-1] += span.stop - span.start
-        elif turns[-1]:
-            turns.append(0)
+    turns = rollout.turns()
     limits = [turn_tokens(config, name)] * len(turns)
-    if rollout.counts.get("forced_answers"):
+    if rollout.counts.get("forced_answers") and rollout.spans[-1].by_policy:
         limits[-1] = config.sampling.max_answer_tokens
-    return any(written > limit for written, limit in zip(turns, limits, strict=True))
+    return any(turn.stop - turn.start > limit for turn, limit in zip(turns, limits, strict=True))
 
 
 def _joint(updated: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

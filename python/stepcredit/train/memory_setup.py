@@ -105,15 +105,7 @@ def build_memory(config: TrainConfig, reporter: Reporter) -> MemoryParts:
         environments={
             "extraction": writing_environment(GRAMMARS["extraction"]),
             "profile": writing_environment(GRAMMARS["profile"]),
-            "retrieval": MemoryEnvironment(
-                GRAMMARS["retrieval"],
-                top_k=config.environment.top_k,
-                max_searches=config.environment.max_searches,
-                passage_words=config.environment.passage_words,
-                force_answer=config.environment.force_answer,
-                max_invalid=config.environment.max_invalid,
-                skip_shown=config.environment.skip_shown,
-            ),
+            "retrieval": MemoryEnvironment(GRAMMARS["retrieval"], **config.environment.search_options),
         },
         judge=judge,
         reporter=reporter,

@@ -109,15 +109,7 @@ def build(config: TrainConfig, reporter: Reporter) -> Parts:
     else:
         retriever = TimedRetriever(build_retriever(config.data, dataset, device, dtype, reporter))
         environment = SearchEnvironment(
-            retriever,
-            protocol,
-            top_k=config.environment.top_k,
-            max_searches=config.environment.max_searches,
-            passage_words=config.environment.passage_words,
-            force_answer=config.environment.force_answer,
-            max_invalid=config.environment.max_invalid,
-            skip_shown=config.environment.skip_shown,
-            episodes=config.environment.episodes,
+            retriever, protocol, **config.environment.search_options, episodes=config.environment.episodes
         )
     engine = HFEngine(
         model,

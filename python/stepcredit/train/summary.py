@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from stepcredit.report.curves import draw_curves
 from stepcredit.train.checkpoint import State
 from stepcredit.train.config import TrainConfig
+from stepcredit.train.metrics import MetricsLog
+from stepcredit.train.progress import Reporter
+
+
+def conclude(
+    config: TrainConfig,
+    state: State,
+    after: Mapping[str, Mapping[str, float]],
+    log: MetricsLog,
+    directory: Path,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """End a run: write `summary.json` and `curves.png` into its directory and say both; returns the summary."""
+    summary = summarize_run(config, state, after)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    reporter.line(draw_curves(log.read(), directory / "curves.png"))
+    reporter.line(summary_line(summary))
+    return summary
 
 
 def summarize_run(config: TrainConfig, state: State, after: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
