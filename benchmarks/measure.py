@@ -20,7 +20,7 @@ LONG = 20.0
 #: A case whose ways take seconds to minutes each runs rounds of all of them: these many where one round is at most
 #: `LONG_ROUND` seconds, else one, and more as long as they would end within `CASE_SECONDS`.
 CASE_ROUNDS = (2, 10)
-CASE_SECONDS = 180.0 if DEVICE == "cpu" else 4.0
+CASE_SECONDS = 60.0 if DEVICE == "cpu" else 4.0
 LONG_ROUND = 420.0
 
 
