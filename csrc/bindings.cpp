@@ -1,6 +1,9 @@
 // The only file that includes pybind11. Pointers arrive as integers from `Tensor.data_ptr()`; the Python wrappers in
 // ops/ have checked shapes, dtypes, devices and contiguity before they call.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "cpu/ops.h"
 #include "cuda/ops.h"
@@ -108,21 +111,26 @@ void quantize(Pointer vectors, Pointer centre, Pointer rows, Pointer scale, Poin
                             at<float>(error), at<float>(norm), num_passages, width, groups, threads});
 }
 
-void certified_search(Pointer rows, Pointer scale, Pointer error, Pointer norm, Pointer queries, Pointer query_scale,
-                      Pointer query_error, Pointer query_norm, Pointer query_mean, Pointer query_offset,
-                      Pointer exact_queries, Pointer vectors, Pointer scores, Pointer ids, Pointer rescored,
-                      int64_t num_queries, int64_t num_passages, int64_t width, int64_t groups, int64_t k, bool exact,
-                      int path, int threads) {
+// Pointers to rows, scale, error and offset of queries.
+using QueryPointers = std::array<Pointer, 4>;
+
+stepcredit::Int8Queries int8_queries(const QueryPointers& q) {
+  return {at<const int8_t>(q[0]), at<const float>(q[1]), at<const float>(q[2]), at<const int32_t>(q[3])};
+}
+
+void certified_search(Pointer rows, Pointer scale, Pointer error, Pointer norm, const QueryPointers& queries,
+                      const QueryPointers& coarse, Pointer query_norm, Pointer query_mean, Pointer exact_queries,
+                      Pointer vectors, Pointer scores, Pointer ids, Pointer rescored, int64_t num_queries,
+                      int64_t num_passages, int64_t width, int64_t groups, int64_t k, bool exact, int path,
+                      int threads) {
   stepcredit::certified_search_cpu({at<const uint8_t>(rows),
                                     at<const float>(scale),
                                     at<const float>(error),
                                     at<const float>(norm),
-                                    at<const int8_t>(queries),
-                                    at<const float>(query_scale),
-                                    at<const float>(query_error),
+                                    int8_queries(queries),
+                                    int8_queries(coarse),
                                     at<const float>(query_norm),
                                     at<const float>(query_mean),
-                                    at<const int32_t>(query_offset),
                                     at<const float>(exact_queries),
                                     at<const float>(vectors),
                                     at<float>(scores),
@@ -247,10 +255,9 @@ PYBIND11_MODULE(_C, m) {
         arg("centre"), arg("rows"), arg("scale"), arg("error"), arg("norm"), arg("num_passages"), arg("width"),
         arg("groups"), arg("threads"));
   m.def("certified_search_cpu", &certified_search, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("rows"),
-        arg("scale"), arg("error"), arg("norm"), arg("queries"), arg("query_scale"), arg("query_error"),
-        arg("query_norm"), arg("query_mean"), arg("query_offset"), arg("exact_queries"), arg("vectors"), arg("scores"),
-        arg("ids"), arg("rescored"), arg("num_queries"), arg("num_passages"), arg("width"), arg("groups"), arg("k"),
-        arg("exact"), arg("path"), arg("threads"));
+        arg("scale"), arg("error"), arg("norm"), arg("queries"), arg("coarse"), arg("query_norm"), arg("query_mean"),
+        arg("exact_queries"), arg("vectors"), arg("scores"), arg("ids"), arg("rescored"), arg("num_queries"),
+        arg("num_passages"), arg("width"), arg("groups"), arg("k"), arg("exact"), arg("path"), arg("threads"));
   m.attr("float_path") = static_cast<int>(stepcredit::float_path());
   m.def("exact_search_cpu", &exact_search, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("queries"),
         arg("vectors"), arg("bfloat16"), arg("longest"), arg("scores"), arg("ids"), arg("rescored"), arg("num_queries"),

@@ -82,24 +82,30 @@ struct QuantizeParams {
   int threads;
 };
 
+// Queries as 8-bit integers: query = scale * row + what is left out.
+struct Int8Queries {
+  const int8_t* rows;     // [num_queries, groups * 4]
+  const float* scale;     // [num_queries]
+  const float* error;     // [num_queries], at least the length of what is left out
+  const int32_t* offset;  // [num_queries], 128 * the sum of the row
+};
+
 // The k passages of largest inner product: 8-bit products bound every score, and those whose upper bound reaches the
 // k-th lower bound are computed from the vectors themselves.
 struct CertifiedSearchParams {
-  const uint8_t* rows;          // as in QuantizeParams
-  const float* scale;           // [blocks * kInt8Block]
-  const float* error;           // [blocks * kInt8Block]
-  const float* norm;            // [blocks * kInt8Block]
-  const int8_t* queries;        // [num_queries, groups * 4]
-  const float* query_scale;     // [num_queries]
-  const float* query_error;     // [num_queries], at least the length of what queries leave out
-  const float* query_norm;      // [num_queries], at least the length of the query
-  const float* query_mean;      // [num_queries], inner product with the centre
-  const int32_t* query_offset;  // [num_queries], 128 * the sum of the query's row
-  const float* exact_queries;   // [num_queries, width]
-  const float* vectors;         // [num_passages, width]; not read unless exact
-  float* scores;                // [num_queries, k], best first
-  int64_t* ids;                 // [num_queries, k]
-  int64_t* rescored;            // [num_queries], scores computed from vectors
+  const uint8_t* rows;  // as in QuantizeParams
+  const float* scale;   // [blocks * kInt8Block]
+  const float* error;   // [blocks * kInt8Block]
+  const float* norm;    // [blocks * kInt8Block]
+  Int8Queries queries;
+  Int8Queries coarse;          // of 6 bits, to leave out most blocks at less cost; rows null: do without
+  const float* query_norm;     // [num_queries], at least the length of the query
+  const float* query_mean;     // [num_queries], inner product with the centre
+  const float* exact_queries;  // [num_queries, width]
+  const float* vectors;        // [num_passages, width]; not read unless exact
+  float* scores;               // [num_queries, k], best first
+  int64_t* ids;                // [num_queries, k]
+  int64_t* rescored;           // [num_queries], scores computed from vectors
   int64_t num_queries, num_passages, width, groups;
   int64_t k;   // at most num_passages
   bool exact;  // false: rank by the 8-bit products

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from stepcredit import _C
-from stepcredit.retrieval import _vectors
+from stepcredit.retrieval import _vectors, int8
 from stepcredit.retrieval.exact import PATHS, exact_search
 from stepcredit.retrieval.index import DenseIndex
-from stepcredit.retrieval.int8 import LEVELS, certified_search, quantize
+from stepcredit.retrieval.int8 import COARSE_LEVELS, COARSE_QUERIES, LEVELS, certified_search, quantize
 
 WIDTH = 37
 
@@ -87,12 +87,32 @@ def test_every_way_to_multiply_is_certified(path):
     if path > _C.int8_path:
         pytest.skip("this processor has no such instruction")
     for vectors in adversarial().values():
-        queries = torch.cat([normal(13, vectors.shape[1], 7), vectors[:1]])
+        all_queries = torch.cat([normal(COARSE_QUERIES + 3, vectors.shape[1], 7), vectors[:1]])
         k = min(5, len(vectors))
-        hits = certified_search(queries, quantize(vectors), vectors, k, path=path)
-        scores, ids = exact(queries, vectors, k)
+        for queries in (all_queries, all_queries[-3:]):  # with a coarse product first, and without
+            hits = certified_search(queries, quantize(vectors), vectors, k, path=path)
+            scores, ids = exact(queries, vectors, k)
+            assert torch.equal(hits.ids, ids)
+            assert torch.equal(hits.scores, scores)
+
+
+@pytest.mark.skipif(not COARSE_LEVELS.keys() <= set(range(_C.int8_path + 1)), reason="no such instruction here")
+@pytest.mark.parametrize("path", COARSE_LEVELS)
+def test_a_coarse_product_first_changes_no_hit(path, monkeypatch):
+    """Over blocks enough for it to be judged useful and useless: near the first queries lie few passages, near the
+    others, whose bounds coarse products do not tell apart, all of them."""
+    vectors = compressed(20_000, 100)  # whose groups are no multiple of those that are added at once
+    vectors[7000:] = torch.nn.functional.normalize(vectors[7000] + 0.02 * normal(13_000, 100, 5))
+    queries = torch.cat([vectors[:30], vectors[-30:]])
+    rows = quantize(vectors)
+    coarse = certified_search(queries, rows, vectors, 10, path=path)
+    monkeypatch.setattr(int8, "COARSE_QUERIES", len(queries) + 1)
+    fine = certified_search(queries, rows, vectors, 10, path=path)
+    scores, ids = exact(queries, vectors, 10)
+    for hits in (coarse, fine):
         assert torch.equal(hits.ids, ids)
         assert torch.equal(hits.scores, scores)
+    assert (coarse.rescored <= fine.rescored).all()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -20,11 +20,15 @@ from torch import Tensor
 
 from stepcredit.retrieval._vectors import SLICE, parts
 
-#: Passages of a block, components of a group: the layout of csrc/cpu/certified_search.cpp.
+#: Passages of a block, components of a group: the layout of csrc/cpu/int8_products.h.
 BLOCK, GROUP = 64, 4
 
 #: Ways to multiply on this machine, by what `_C.int8_path` says, and the highest integer of a query for each.
 LEVELS = {0: 127, 1: 63, 2: 127}
+
+#: The same for a first product that leaves few passages to a second, where two are faster than one: by AVX2, whose
+#: products of queries of 6 bits need less widening, and from so many queries on. Fewer wait for memory anyway.
+COARSE_LEVELS, COARSE_QUERIES = {1: 32}, 16
 
 
 class DenseHits(NamedTuple):
@@ -100,6 +104,24 @@ def quantize(vectors: Tensor) -> Int8Rows:
     return out
 
 
+class _Queries(NamedTuple):
+    """What `quantize_queries` says, and 128 times the sum of each query's integers, int32 [Q]."""
+
+    rows: Tensor
+    scale: Tensor
+    error: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, queries: Tensor, levels: int, width: int) -> _Queries:
+        rows, scale, error = quantize_queries(queries, levels, width)
+        return cls(rows, scale, error, (128 * rows.sum(1, dtype=torch.int64)).to(torch.int32))
+
+    @property
+    def pointers(self) -> tuple[int, int, int, int]:
+        return self.rows.data_ptr(), self.scale.data_ptr(), self.error.data_ptr(), self.offset.data_ptr()
+
+
 def certified_search(
     queries: Tensor, rows: Int8Rows, vectors: Tensor | None, k: int, *, path: int | None = None
 ) -> DenseHits:
@@ -116,10 +138,12 @@ def certified_search(
     from stepcredit import _C
 
     path = _C.int8_path if path is None else path
-    exact = queries.double()
-    integers, scale, left_out = quantize_queries(exact, LEVELS[path], rows.rows.shape[1] * GROUP)
-    mean = (exact @ rows.centre.double()).float()
-    norm, offset = round_up(exact.norm(dim=1)), (128 * integers.sum(1, dtype=torch.int64)).to(torch.int32)
+    exact, padded = queries.double(), rows.rows.shape[1] * GROUP
+    fine = _Queries.of(exact, LEVELS[path], padded)
+    coarse = None
+    if vectors is not None and path in COARSE_LEVELS and len(queries) >= COARSE_QUERIES:
+        coarse = _Queries.of(exact, COARSE_LEVELS[path], padded)
+    mean, norm = (exact @ rows.centre.double()).float(), round_up(exact.norm(dim=1))
     count = queries.shape[0]
     scores = torch.empty(count, k)
     ids, rescored = torch.empty(count, k, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
@@ -128,12 +152,10 @@ def certified_search(
         scale=rows.scale.data_ptr(),
         error=rows.error.data_ptr(),
         norm=rows.norm.data_ptr(),
-        queries=integers.data_ptr(),
-        query_scale=scale.data_ptr(),
-        query_error=left_out.data_ptr(),
+        queries=fine.pointers,
+        coarse=coarse.pointers if coarse else (0, 0, 0, 0),
         query_norm=norm.data_ptr(),
         query_mean=mean.data_ptr(),
-        query_offset=offset.data_ptr(),
         exact_queries=queries.data_ptr(),
         vectors=0 if vectors is None else vectors.data_ptr(),
         scores=scores.data_ptr(),
