@@ -52,13 +52,14 @@ class Recorder(PolicyScorer):
         return super().logprobs(trees, max_tokens=max_tokens)
 
 
-def separate(policy, context, answer):
-    """Mean log-prob of the answer by a plain forward pass over a context of its own."""
+def separate(policy, context, answer, head_tokens=0, head_weight=1.0):
+    """Mean log-prob of the answer by a plain forward pass over a context of its own, its first tokens weighted."""
     ids = torch.tensor([[*context, *answer]])
     with torch.no_grad():
         logp = policy.model(ids).logits[0].float().log_softmax(-1)
     at = torch.arange(len(context) - 1, ids.shape[1] - 1)
-    return float(logp[at, ids[0, len(context) :]].mean())
+    weights = [head_weight if k < head_tokens else 1.0 for k in range(len(answer))]
+    return float(logp[at, ids[0, len(context) :]] @ torch.tensor(weights)) / sum(weights)
 
 
 def whole(tree: TokenTree, segment: int, count: int) -> list[int]:
@@ -97,11 +98,11 @@ def test_parity_with_separate_forwards(family, options):
     assert at == logprobs.numel()
 
 
-@pytest.mark.parametrize("max_variants", [1, 2])
-def test_parity_with_contexts_built_here(max_variants):
+@pytest.mark.parametrize(("max_variants", "head"), [(1, (0, 1.0)), (2, (0, 1.0)), (2, (2, 3.0))])
+def test_parity_with_contexts_built_here(max_variants, head):
     """Without refinements the contexts are plain slices of the rollouts: rebuilt here from spans alone."""
     batch, policy = make(protocol=SEARCH_R1)
-    gains = score_steps(batch, policy, max_variants=max_variants, head_tokens=1, head_weight=1.0)
+    gains = score_steps(batch, policy, max_variants=max_variants, head_tokens=head[0], head_weight=head[1])
     probe = TOKENIZER.encode(SEARCH_R1.answer_probe)
     for s, (b, t) in enumerate(steps(batch)):
         rollout = batch.rollouts[b]
@@ -109,12 +110,12 @@ def test_parity_with_contexts_built_here(max_variants):
         best = None
         for text in rollout.question.answers[:max_variants]:
             answer = TOKENIZER.encode(" " + text)
-            real = separate(policy, [*rollout.tokens[: shown.stop], *probe], answer)
+            real = separate(policy, [*rollout.tokens[: shown.stop], *probe], answer, *head)
             others = []
             for b2, t2 in gains.draws[s]:
                 span = batch.rollouts[b2].find(SpanKind.DOCUMENTS, t2)
                 swapped = [*rollout.tokens[: shown.start], *batch.rollouts[b2].tokens[span.start : span.stop]]
-                others.append(separate(policy, [*swapped, *probe], answer))
+                others.append(separate(policy, [*swapped, *probe], answer, *head))
             if best is None or real > best[0]:
                 best = real, others
         assert float(gains.real[s]) == pytest.approx(best[0], abs=1e-5)

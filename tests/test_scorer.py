@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from scripted_rollouts import GEMMA2, REFINE, random_policy, write
 from stepcredit.counterfactual import score_steps
@@ -79,13 +80,14 @@ def test_the_last_layer_runs_only_for_rows_that_are_read(family):
     assert not last._forward_pre_hooks
 
 
-def test_bfloat16_runs_close_to_float32():
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+def test_half_precision_runs_close_to_float32(dtype, share):
     batch, policy = make()
     exact = score_steps(batch, policy)
-    policy.model.to(torch.bfloat16)
-    rough = score_steps(batch, policy)
+    policy.model.to(dtype)
+    rough = score_steps(batch, policy, verify=True)
     assert rough.scored.all()
-    assert float((rough.real - exact.real).abs().max()) < 0.15 * float(exact.real.abs().max())
+    assert 0 < float((rough.real - exact.real).abs().max()) < share * float(exact.real.abs().max())
 
 
 def test_the_model_is_left_as_it_was():
@@ -115,6 +117,28 @@ def test_the_model_is_left_as_it_was_when_its_attention_cannot_be_set(monkeypatc
     with pytest.raises(ValueError, match="no"):
         score_steps(batch, policy)
     assert policy.model.training
+
+
+def test_every_part_of_a_model_keeps_its_attention():
+    """A language model with a vision tower, which attend in different ways; only the former scores text."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": max(TOKENIZER.get_vocab().values()) + 1, "num_hidden_layers": 3,
+            "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, "initializer_range": 0.15}  # fmt: skip
+    vision = {**sizes, "model_type": "siglip_vision_model", "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(1)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    model.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
+
+    def attentions():
+        parts = [part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)]
+        return parts, [c._attn_implementation for c in (model.config, model.config.text_config)]
+
+    before = attentions()
+    assert {"sdpa", "eager"} <= set(before[0])
+    gains = score_steps(make()[0], PolicyScorer(model, TOKENIZER, REFINE), verify=True)
+    assert gains.scored.all()
+    assert gains.difference < 1e-5
+    assert attentions() == before
 
 
 @pytest.mark.parametrize("float32_logits", [False, True])
@@ -153,6 +177,9 @@ def test_models_that_cannot_be_served_are_refused_by_name():
     qwen = random_policy("qwen2", TOKENIZER)
     qwen.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(ValueError, match=r"Qwen2ForCausalLM cannot be scored .* layers of type linear_attention"):
+        PolicyScorer(qwen, TOKENIZER, REFINE)
+    qwen.config.layer_types = ["full_attention", "chunked_attention", "someones_own"]
+    with pytest.raises(ValueError, match="layers of type chunked_attention, someones_own; served are full"):
         PolicyScorer(qwen, TOKENIZER, REFINE)
     sinks = random_policy("gpt_oss", TOKENIZER, num_local_experts=2, head_dim=8)
     with pytest.raises(ValueError, match=r"GptOssForCausalLM .* attention sinks"):

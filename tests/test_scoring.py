@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -182,6 +183,22 @@ def test_empty_passages_and_empty_queries():
     assert (counts["unanswered_searches"], counts["unasked_documents"]) == (1, 1)
 
 
+def test_a_search_of_a_rollout_without_query_tokens_is_no_step_and_counted():
+    """As where a loop shows passages for an empty query. What later searches see of them stays as it was."""
+    items = rollouts()
+    spans = items[0].spans
+    (query,) = [i for i, span in enumerate(spans) if span.kind is SpanKind.QUERY and span.step == 0]
+    spans[query] = replace(spans[query], kind=SpanKind.THINK, step=-1)
+    model = policy()
+    gains = score_information_gain(model, TOKENIZER, items)
+    assert list(zip(gains.rollout.tolist(), gains.step.tolist(), strict=True))[:2] == [(0, 1), (1, 0)]
+    assert (gains.counts["no_query"], gains.counts["steps"], gains.counts["pool_size"]) == (1, 4, 4)
+    assert (0, 0) not in {draw for draws in gains.draws for draw in draws}
+    whole = score_information_gain(model, TOKENIZER, rollouts())
+    assert whole.counts["no_query"] == 0
+    assert float(gains.real[0]) == pytest.approx(float(whole.real[1]), abs=1e-5)
+
+
 def test_a_gold_answer_that_tokenises_to_nothing():
     tokenizer = BUILT["wordpiece"]()
     model = random_policy("llama", tokenizer)
@@ -303,6 +320,12 @@ def test_the_model_is_left_as_it_was():
         (dict(rollouts=["".join(logs()[0])] * 3 + ["Who?"]), ValueError, r"rollouts\[3\] has no tag .* 'Who\?'"),
         (dict(rollouts=[*logs()[:3], (" ", "<think>")]), ValueError, r"prompt of rollouts\[3\] is empty"),
         (dict(num_random=0), ValueError, "num_random must be at least 1, got 0"),
+        (dict(max_tokens=0), ValueError, "max_tokens must be at least 1, got 0"),
+        (dict(max_context=0), ValueError, "max_context must be at least 1, got 0"),
+        (dict(head_tokens=-1), ValueError, r"score_steps: head_tokens must be in \[0, \d+\], got -1"),
+        (dict(head_weight=float("nan")), ValueError, r"score_steps: head_weight must be in .*, got nan"),
+        (dict(draws=[()]), ValueError, "draws has 1 entries for 5 steps"),
+        (dict(draws=[[(0, 5)]] * 5), ValueError, r"draws names \(0, 5\), which is no search step with passages"),
     ],
 )
 def test_bad_arguments(change, error, message):
@@ -311,6 +334,25 @@ def test_bad_arguments(change, error, message):
     arguments = dict(rollouts=logs(), golds=GOLDS) | change
     with pytest.raises(error, match=message):
         score_information_gain(model, TOKENIZER, **arguments)
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_anything_runs():
+    model = random_policy("gpt_oss", TOKENIZER, num_local_experts=2, head_dim=8)
+    model.forward = model.model.forward = None
+    with pytest.raises(ValueError, match="GptOssForCausalLM cannot be scored with token trees: it has attention sink"):
+        score_information_gain(model, TOKENIZER, logs(), GOLDS)
+
+
+def test_the_signature_keeps_what_was_promised():
+    """More options may come; these stay, in this order where they are positional, with these defaults."""
+    parameters = inspect.signature(score_information_gain).parameters
+    assert list(parameters)[:4] == ["model", "tokenizer", "rollouts", "golds"]
+    promised = dict(
+        protocol="refine", num_random=3, trunk="rollout", baseline="random", pool="other_questions", head_tokens=0,
+        head_weight=1.0, question_ids=None, seed=0, max_tokens=16384, verify=False, draws=None,
+    )  # fmt: skip
+    assert {name: parameters[name].default for name in promised} == promised
+    assert all(one.kind is one.KEYWORD_ONLY for one in list(parameters.values())[4:])
 
 
 def test_importing_the_package_does_not_import_transformers():

@@ -379,6 +379,13 @@ def test_rows_laid_side_by_side_are_those_of_the_ranges(data):
             assert torch.equal(laid, torch.cat([source[:, a:b] for a, b in ranges], 1))
 
 
+def test_leaves_of_one_fork_share_a_tile():
+    tree = layout([(100, -1, 0), *[(30, 0, 80)] * 6, (30, 0, 90)])
+    values = (t.numpy().tobytes() for t in (tree.cu_segments, tree.cu_ranges, tree.ranges))
+    rows = [(tile.start, tile.stop) for tile in _tree_attention_cpu.plan(*values, None)]
+    assert rows == [(0, 100), (100, 220), (220, 280), (280, 310)]  # as many whole leaves as ROWS has room for
+
+
 def test_leaves_of_one_fork_share_a_copy_of_their_trunk():
     source = torch.randn(1, 100, 2)
     seen = _tree_attention_cpu.SideBySide([source], room=80)

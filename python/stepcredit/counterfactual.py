@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -26,7 +26,7 @@ from stepcredit.ops import _checks as check
 from stepcredit.ops import information_gain
 from stepcredit.protocol import Protocol
 from stepcredit.reference import InformationGain
-from stepcredit.rollout import RolloutBatch
+from stepcredit.rollout import RolloutBatch, SpanKind
 from stepcredit.scorer import PolicyScorer
 
 OP = "score_steps"
@@ -50,9 +50,10 @@ class StepGains:
             counterfactual ones; NaN where there is none.
         draws: for each step, the (rollout, step) whose passages stand in; empty unless baseline="random".
         reasons: for each step, why it is unscored, one of `branches.contexts.REASONS`; None where it is scored.
-        counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "empty_answers" (gold
-            answers of steps, left out because they have no tokens), "pool_size" (steps whose passages can be drawn),
-            "pool_fallback", "pool_repeated", and why steps are unscored:
+        counts: "steps", "scored", "truncated" (steps whose contexts were cut on their left), "no_query" (passages
+            with the number of a search whose query has no tokens: no step, neither scored nor drawn), "empty_answers"
+            (gold answers of steps, left out because they have no tokens), "pool_size" (steps whose passages can be
+            drawn), "pool_fallback", "pool_repeated", and why steps are unscored:
             "unscored_no_documents", "unscored_short_documents", "unscored_empty_pool", "unscored_no_answer" (no gold
             answer has a token), "unscored_too_long", "unscored_no_weight" (no token of the best answer has a weight).
         tokens_forwarded: tokens run through the model: "trunk", "real" leaves, "counterfactual" leaves.
@@ -150,14 +151,21 @@ def score_steps(
     started = time.perf_counter()
     rollouts = batch.rollouts
     steps: list[StepId] = list(zip(batch.step_rollout.tolist(), batch.step_index.tolist(), strict=True))
-    _check(steps, num_random, trunk, baseline, pool, max_variants, max_context, draws, temperature)
+    at_least_1 = dict(num_random=num_random, max_variants=max_variants, max_tokens=max_tokens, max_context=max_context)
+    _check(steps, trunk, baseline, pool, draws, temperature, at_least_1)
+    check.in_range(OP, "head_tokens", head_tokens, 0, 2**31)
+    check.in_range(OP, "head_weight", head_weight, 0.0, 1e6)
     check_contexts(policy.protocol, trunk, baseline)
 
     trunks = [read_trunk(rollout, policy, trunk, refinements=refinements) for rollout in rollouts]
     found = {(b, t): site for b, one in enumerate(trunks) for t, site in one.steps.items()}
-    counts: Counter[str] = Counter(
-        {"steps": len(steps), "truncated": 0, "empty_answers": 0, **{f"unscored_{reason}": 0 for reason in REASONS}}
+    counts: Counter[str] = Counter({"steps": len(steps), "truncated": 0, "empty_answers": 0})
+    counts["no_query"] = sum(
+        span.kind is SpanKind.DOCUMENTS and span.step >= 0 and rollout.find(SpanKind.QUERY, span.step) is None
+        for rollout in rollouts
+        for span in rollout.spans
     )
+    counts.update({f"unscored_{reason}": 0 for reason in REASONS})
     drawn: dict[StepId, tuple[StepId, ...]] = {}
     if baseline == "random":
         usable = {key: site.passages for key, site in found.items() if site.fault is None}
@@ -232,14 +240,12 @@ def check_contexts(protocol: Protocol, trunk: str, baseline: str) -> None:
 
 def _check(
     steps: Sequence[StepId],
-    num_random: int,
     trunk: str,
     baseline: str,
     pool: str,
-    max_variants: int,
-    max_context: int | None,
     draws: Sequence[Sequence[StepId]] | None,
     temperature: float | None,
+    at_least_1: Mapping[str, int | None],
 ) -> None:
     for name, value, allowed in (
         ("trunk", trunk, get_args(TrunkMode)),
@@ -247,7 +253,7 @@ def _check(
         ("pool", pool, get_args(Pool)),
     ):
         check.choice(OP, name, value, allowed)
-    for name, number in (("num_random", num_random), ("max_variants", max_variants), ("max_context", max_context)):
+    for name, number in at_least_1.items():
         check.require(number is None or number >= 1, f"{OP}: {name} must be at least 1, got {number!r}")
     if draws is not None:
         check.require(baseline == "random", f"{OP}: draws needs baseline='random', got {baseline!r}")

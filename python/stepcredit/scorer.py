@@ -246,9 +246,13 @@ class PolicyScorer:
 
     @contextmanager
     def _prepared(self, attention: str) -> Iterator[None]:
-        """Evaluation mode and this attention; afterwards what was there before, module by module."""
+        """Evaluation mode and this attention; afterwards what was there before, module by module, and part by part for
+        the attention of a model of several parts, such as one with a vision tower."""
         training = [module for module in self.model.modules() if module.training]
-        before = self.model.config._attn_implementation
+        config = self.model.config
+        parts = {name: getattr(config, name, None) for name in config.sub_configs}
+        before = {"": config._attn_implementation}
+        before |= {name: part._attn_implementation for name, part in parts.items() if part is not None}
         try:
             self.model.eval()
             self.model.set_attn_implementation(attention)

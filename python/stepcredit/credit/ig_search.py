@@ -33,7 +33,8 @@ class IGSearch:
       the whole batch, or with replacement, because the pool was too small (baseline="random").
     * `ig/tokens_trunk`, `ig/tokens_real`, `ig/tokens_counterfactual`: tokens run through the model, and their sum
       `tokens_forwarded`; `ig/seconds`: the time it took.
-    * `ig/truncated`: steps whose contexts were cut; `ig/empty_answers`: gold answers left out, they have no tokens.
+    * `ig/truncated`: steps whose contexts were cut; `ig/empty_answers`: gold answers left out, they have no tokens;
+      `ig/no_query`: passages of a search whose query has no tokens.
     * `ig/audit_difference`: with `verify`, see `StepGains.difference`.
     * `advantage/bonus_abs_mean`: mean absolute bonus of the query tokens of scored steps.
 

@@ -90,6 +90,7 @@ GLOSSARY: dict[str, str] = {
     "ig/unscored_<reason>": "search steps whose gain was not measured, by reason",
     "ig/truncated": "search steps whose contexts were cut on their left to fit",
     "ig/empty_answers": "gold answers of search steps that were left out because they have no tokens",
+    "ig/no_query": "passages of searches whose query has no tokens: no steps, neither scored nor drawn",
     "ig/audit_difference": "first step of a run that scores a search: largest difference of a packed score to a "
     "separate forward, nats",
     "ig/pool_<name>": "counterfactual passages: size of the pool, steps that fell back to the whole batch or repeated",
