@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit.credit import Credit
-from stepcredit.environments.search import Response
+from stepcredit.environments import Response
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, SpanKind

@@ -10,7 +10,7 @@ import pytest
 
 from stepcredit.credit.hindsight import with_block
 from stepcredit.data.demonstrations import Demonstration
-from stepcredit.environments.search import Response, SearchEnvironment
+from stepcredit.environments import Response, SearchEnvironment
 from stepcredit.evaluate import summarize
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Hits, Passage

@@ -7,6 +7,7 @@ import pytest
 from scripted_rollouts import SEARCH_R1
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.data.walks import scripted_walks
+from stepcredit.environments import Response
 from stepcredit.environments.examiner import (
     EXAMINER,
     REASONS,
@@ -14,7 +15,6 @@ from stepcredit.environments.examiner import (
     construction_path,
     seed_question,
 )
-from stepcredit.environments.search import Response
 from stepcredit.protocol import Turn
 from stepcredit.retrieval import Passage
 from stepcredit.retrieval.bm25 import BM25Retriever

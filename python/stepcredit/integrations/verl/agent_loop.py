@@ -14,7 +14,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from verl.utils.profiler import simple_timer
 from verl.utils.rollout_trace import rollout_trace_op
 
-from stepcredit.environments.search import Response, SearchEnvironment
+from stepcredit.environments import Response, SearchEnvironment
 from stepcredit.integrations._rows import question_of
 from stepcredit.integrations.verl.advantage import StepRewardOutput
 from stepcredit.integrations.verl.options import Options, read_options

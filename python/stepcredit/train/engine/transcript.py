@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-from stepcredit.environments.search import Response
+from stepcredit.environments import Response
 from stepcredit.protocol import Piece, Protocol, Turn
 from stepcredit.rollout import Episode, Question, Rollout, Search, Span, SpanKind
 from stepcredit.tokens import boundaries, decode, encode
