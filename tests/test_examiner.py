@@ -15,13 +15,13 @@ from stepcredit.environments.examiner import (
     construction_path,
     seed_question,
 )
-from stepcredit.protocol import Turn
 from stepcredit.retrieval import Passage
 from stepcredit.retrieval.bm25 import BM25Retriever
 from stepcredit.rewards import difficulty_reward, states
 from stepcredit.rollout import Rollout, Search, SpanKind
 from stepcredit.train.engine.transcript import Transcript
 from stepcredit.train.warm_start import play
+from stepcredit.turn import Turn
 from tiny_run import tiny_parts
 from tokenizers_under_test import BUILT
 

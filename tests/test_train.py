@@ -10,12 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import METHODS, Credit, IGSearch, SearchR1
 from stepcredit.report.curves import draw_curves
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import SpanKind
 from stepcredit.train import __main__ as command
 from stepcredit.train import progress
-from stepcredit.train.config import LossConfig, TrainConfig
+from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step
 from stepcredit.train.loop import train
 from stepcredit.train.metrics import documented
@@ -26,6 +27,7 @@ from stepcredit.train.rows import pack_rows, used_lengths
 from stepcredit.train.setup import frozen_copy
 from stepcredit.train.summary import summary_line
 from stepcredit.train.update import policy_update, share_weights
+from stepcredit.train.update_config import LossConfig
 from tiny_run import gradients, played, same, tiny_config, tiny_parts
 
 SUMMARY = (

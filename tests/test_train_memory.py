@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from memory_run import WORDS, base, fresh_parts, made_up_rewards, memory_config, models
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import CoMAM, SearchR1
 from stepcredit.environments.memory import AGENTS
-from stepcredit.rollout import RolloutBatch
 from stepcredit.train import __main__ as command
 from stepcredit.train import memory, memory_setup
 from stepcredit.train import summary as run_summary

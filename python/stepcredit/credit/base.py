@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 import torch
 
 from stepcredit._validate import require
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.distillation import Distillation
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from stepcredit.protocol import Protocol as Grammar
-from stepcredit.protocol import Turn
 from stepcredit.rollout import Episode, Question, Search, SpanKind
+from stepcredit.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from stepcredit._validate import at_least, one_length
 from stepcredit.environments.base import Response, fault
-from stepcredit.protocol import Protocol, Turn
+from stepcredit.protocol import Protocol
 from stepcredit.retrieval import RetrievalError
 from stepcredit.rollout import Episode, Search, SpanKind
+from stepcredit.turn import Turn
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Hits, Passage, Retriever
