@@ -23,7 +23,7 @@ from stepcredit.train.checkpoint import State, load_checkpoint
 from stepcredit.train.memory import train_memory, train_step
 from stepcredit.train.memory_setup import build_memory
 from stepcredit.train.metrics import MetricsLog, documented
-from stepcredit.train.overrides import apply_overrides
+from stepcredit.train.overrides import apply_overrides, to_json
 from stepcredit.train.pipeline import assign_pipeline_rewards
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import comam
@@ -288,6 +288,33 @@ def test_a_setting_that_is_not_read_is_refused(words, reason):
         ValueError, match=rf"{name} must be its default, .+, with {reason}, which does not read it, got"
     ):
         build_memory(memory_config(*words), Reporter())
+
+
+def test_a_run_whose_settings_are_refused_now_is_told_what_to_delete(tmp_path, capsys, monkeypatch):
+    settings = to_json(memory_config("data.seed=3", "rewards.em=0.5"))
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/state.json").write_text("{}")
+
+    def resume():
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        assert command.main(["--resume", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    error = resume()
+    for name, default, given in (("data.seed", "0", "3"), ("rewards.em", "0.0", "0.5")):
+        assert f"{name} must be its default, {default}, with memory.conversations, which does not" in error
+        assert f"got {given}" in error
+    told = re.search(r"Leave out (.*?); where a run is resumed, delete them from its config\.json", error)
+    assert told is not None
+    assert told[1].split(", ") == ["data.seed=3", "rewards.em=0.5"]
+    for word in told[1].split(", "):
+        del settings[word.partition("=")[0]]
+
+    def build_agents(*_, **__):
+        raise ValueError("nothing else is refused")
+
+    monkeypatch.setattr(memory_setup, "build_agents", build_agents)
+    assert resume() == "error: nothing else is refused\n"
 
 
 @pytest.mark.parametrize(
