@@ -80,7 +80,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> str:
                 )
         axes.set_title(panel.title, fontsize=11, loc="left")
         axes.set_xlabel("GRPO step", fontsize=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         if panel.shares:
