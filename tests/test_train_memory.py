@@ -251,7 +251,8 @@ def test_the_command_runs_a_warm_start_and_goes_on(tmp_path, capsys):
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message, monkeypatch):
-    monkeypatch.setattr(memory_setup, "build_agents", lambda *_, **__: models().agents)
+    agents = models().agents  # built before that is replaced
+    monkeypatch.setattr(memory_setup, "build_agents", lambda *_, **__: agents)
     with pytest.raises(ValueError, match=message):
         build_memory(memory_config(*words), Reporter())
 
