@@ -34,6 +34,7 @@ import torch
 from benchmarks.measure import DEVICE, peak_bytes, synchronised
 from benchmarks.scripted_batch import PROTOCOL, Script, policy, words_only
 from benchmarks.shapes import SHAPES
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import (
     IGPO,
     TIPS,
@@ -49,11 +50,11 @@ from stepcredit.credit import (
     StepSearch,
 )
 from stepcredit.credit.base import taught_by_reference
-from stepcredit.rollout import Rollout, RolloutBatch
-from stepcredit.train.config import LossConfig
+from stepcredit.rollout import Rollout
 from stepcredit.train.engine import HFEngine, Sampling
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.update import policy_update
+from stepcredit.train.update_config import LossConfig
 
 #: The methods that are measured, each with its default constants; the first is what the others are compared with.
 METHODS: dict[str, CreditMethod] = {

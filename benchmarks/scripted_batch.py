@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import DEVICE
-from stepcredit.environments.search import Response
+from stepcredit.environments import Response
 from stepcredit.protocol import get_protocol
 from stepcredit.rollout import Episode, Question, Rollout, Search, SpanKind
 from stepcredit.scorer import PolicyScorer

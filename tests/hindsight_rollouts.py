@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from scripted_rollouts import REFINE, random_policy, write
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.batch import RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

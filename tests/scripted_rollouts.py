@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import Credit
-from stepcredit.environments.search import Response
+from stepcredit.environments import Response
 from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.retrieval import Passage
-from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, SpanKind
+from stepcredit.rollout import Question, Rollout, Search, SpanKind
 from stepcredit.train.engine.transcript import Transcript
 
 REFINE = get_protocol("refine")

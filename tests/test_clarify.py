@@ -14,10 +14,11 @@ import torch
 
 from clarify_rollouts import CLARIFY, QUESTION, answer, ask, converse
 from scripted_rollouts import random_policy
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import Clarify, SearchR1, get_method
 from stepcredit.credit.clarify import privileged_text, question_values, reweigh
 from stepcredit.credit.hindsight import with_block
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.metrics import documented
 from tokenizers_under_test import BUILT

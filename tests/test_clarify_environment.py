@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from clarify_rollouts import CLARIFY, SCENE, answer, ask, converse, environment
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import Clarify
 from stepcredit.environments import ClarifyEnvironment
 from stepcredit.environments.user import Reply
 from stepcredit.evaluate import summarize
 from stepcredit.protocol import get_protocol
-from stepcredit.rollout import Episode, Inquiry, Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Episode, Inquiry, Question, SpanKind
 from stepcredit.tokens import decode
 from tokenizers_under_test import BUILT
 

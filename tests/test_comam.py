@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from scripted_rollouts import SEARCH_R1, by_rollout, random_policy, relative, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import CoMAM, SearchR1, get_method
 from stepcredit.credit.comam import consistency_weights, ranking_consistency
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.metrics import documented
 from stepcredit.train.overrides import apply_overrides, flatten

@@ -7,9 +7,10 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 
 from stepcredit.credit import METHODS, IGSearch, SearchR1
-from stepcredit.train.config import DataConfig, EnvironmentConfig, OptimizerConfig, TrainConfig
+from stepcredit.train.config import DataConfig, EnvironmentConfig, TrainConfig
 from stepcredit.train.overrides import apply_overrides, field_docs, flatten, from_json, to_json
 from stepcredit.train.recipes import RECIPES, get_recipe
+from stepcredit.train.update_config import OptimizerConfig
 
 
 def override(*overrides):

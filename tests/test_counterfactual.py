@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from scripted_rollouts import REFINE, SEARCH_R1, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.packing import TokenTree, pack
 from stepcredit.counterfactual import score_steps
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

@@ -8,8 +8,9 @@ import torch
 
 import stepcredit.credit.ig_search
 from scripted_rollouts import REFINE, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import METHODS, IGSearch, SearchR1, get_method
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

@@ -11,10 +11,10 @@ import torch
 from numerics import check
 from stepcredit import reference
 from stepcredit.credit import Credit, Distillation, SearchR1
-from stepcredit.train.config import LossConfig
 from stepcredit.train.loss import topk_divergence
 from stepcredit.train.setup import frozen_copy
 from stepcredit.train.update import policy_update
+from stepcredit.train.update_config import LossConfig
 from tiny_run import gradients, played, tiny_parts
 
 KINDS = ("jsd", "forward_kl", "reverse_kl")

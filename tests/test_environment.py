@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepcredit.environments.search import Response, SearchEnvironment
+from stepcredit.environments import Response, SearchEnvironment
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Hits, Passage, RetrievalError
 from stepcredit.rollout import Search, SpanKind

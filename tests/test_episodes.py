@@ -8,13 +8,14 @@ import re
 import numpy as np
 import pytest
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.hindsight import with_block
 from stepcredit.data.demonstrations import Demonstration
-from stepcredit.environments.search import Response, SearchEnvironment
+from stepcredit.environments import Response, SearchEnvironment
 from stepcredit.evaluate import summarize
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Hits, Passage
-from stepcredit.rollout import ENVIRONMENT_KINDS, Episode, Question, Rollout, RolloutBatch, Search, SpanKind
+from stepcredit.rollout import ENVIRONMENT_KINDS, Episode, Question, Rollout, Search, SpanKind
 from stepcredit.train.config import EnvironmentConfig
 from stepcredit.train.engine import HFEngine, Sampling
 from stepcredit.train.engine.transcript import Transcript

@@ -7,6 +7,7 @@ import pytest
 from scripted_rollouts import SEARCH_R1
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.data.walks import scripted_walks
+from stepcredit.environments import Response
 from stepcredit.environments.examiner import (
     EXAMINER,
     REASONS,
@@ -14,14 +15,13 @@ from stepcredit.environments.examiner import (
     construction_path,
     seed_question,
 )
-from stepcredit.environments.search import Response
-from stepcredit.protocol import Turn
 from stepcredit.retrieval import Passage
 from stepcredit.retrieval.bm25 import BM25Retriever
 from stepcredit.rewards import difficulty_reward, states
 from stepcredit.rollout import Rollout, Search, SpanKind
 from stepcredit.train.engine.transcript import Transcript
 from stepcredit.train.warm_start import play
+from stepcredit.turn import Turn
 from tiny_run import tiny_parts
 from tokenizers_under_test import BUILT
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import GiGPO, SearchR1
 from stepcredit.credit.gigpo import anchor_states
 from stepcredit.credit.turns import Turns
-from stepcredit.rollout import RolloutBatch
 from turn_rollouts import ANSWER, Turn, batches, by_turn, pieces, rollout, shuffled
 
 #: Token sets of 20, of which 19 are shared with the next: Jaccard 19 / 21 = 0.905; the first and last share 18.

@@ -8,8 +8,9 @@ import pytest
 
 from hindsight_rollouts import QUESTIONS, TOKENIZER, make
 from scripted_rollouts import write
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.hindsight import Attempt, attempt_of, block_text, hindsight_texts, with_block
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import SpanKind
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import stepcredit.credit.igpo
 from scripted_rollouts import REFINE, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import score_steps
 from stepcredit.credit import IGPO, SearchR1
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 from turn_rollouts import ANSWER, Turn, batches, by_turn, gains_of, pieces, rollout, shuffled

@@ -8,10 +8,11 @@ import time
 import pytest
 
 from scripted_rollouts import REFINE, SEARCH_R1, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.logs import rollout_from_text, split_text
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Passage
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.tokens import decode, encode
 from tokenizers_under_test import BUILT, byte_bpe
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from memory_run import memory_config, models, scripted_trajectories
+from stepcredit.batch import RolloutBatch
 from stepcredit.data.conversations import Conversation, MemoryQuestion, Message
 from stepcredit.data.memory_scripts import MemoryScript, memory_scripts
 from stepcredit.environments.memory import (
@@ -19,7 +20,7 @@ from stepcredit.environments.memory import (
     retrieval_task,
 )
 from stepcredit.retrieval import Passage
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.tokens import decode
 from stepcredit.train import memory
 from stepcredit.train.judges import facts, judged, load_judge

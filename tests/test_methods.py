@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import METHODS, TIPS, SearchR1
-from stepcredit.rollout import RolloutBatch
 from stepcredit.train import __main__ as command
 from stepcredit.train.checkpoint import State
 from stepcredit.train.loop import train, train_step

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from scripted_rollouts import GEMMA2, REFINE, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches import tree_forward
 from stepcredit.counterfactual import score_steps
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import MRSearch, SearchR1, get_method
-from stepcredit.rollout import Episode, Rollout, RolloutBatch, SpanKind
+from stepcredit.rollout import Episode, Rollout, SpanKind
 from stepcredit.train import loop
 from stepcredit.train.checkpoint import State
 from stepcredit.train.loop import train

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from scripted_rollouts import SEARCH_R1, by_rollout, random_policy, relative, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import MultiSearch, SearchR1, get_method
 from stepcredit.protocol import PROTOCOLS
-from stepcredit.rollout import Question, RolloutBatch, Search, Span, SpanKind
+from stepcredit.rollout import Question, Search, Span, SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.loop import train
 from stepcredit.train.metrics import documented

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from scripted_rollouts import REFINE, SEARCH_R1, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import IGSearch
 from stepcredit.padded import pack_padded, rollout_from_tokens, spread
 from stepcredit.protocol import Protocol
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.tokens import encode
 from tokenizers_under_test import BUILT, byte_bpe

@@ -12,7 +12,7 @@ import pytest
 from scripted_rollouts import random_policy
 from stepcredit.branches.contexts import read_trunk
 from stepcredit.data.demonstrations import Demonstration, demonstrate, demonstrations, in_parallel
-from stepcredit.environments.search import Response, SearchEnvironment
+from stepcredit.environments import Response, SearchEnvironment
 from stepcredit.logs import rollout_from_text
 from stepcredit.padded import rollout_from_tokens
 from stepcredit.protocol import PROTOCOLS

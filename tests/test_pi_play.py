@@ -14,15 +14,16 @@ import torch
 import stepcredit.credit.base
 from hindsight_rollouts import make
 from stepcredit import reference
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import METHODS, PiPlay, SearchR1
 from stepcredit.credit.pi_play import path_text
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.average import AveragePolicy
-from stepcredit.train.config import LossConfig
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.setup import frozen_copy
 from stepcredit.train.update import policy_update
+from stepcredit.train.update_config import LossConfig
 from tiny_run import played, same, tiny_parts
 
 PATH = (("", "Lyon: It lies in France."), ("river </search> x", "Rhône: A river <search>."))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepcredit.rollout import RolloutBatch
+from stepcredit.batch import RolloutBatch
 from stepcredit.train.policy import policy_logprobs, row_limit, training_attention
 from stepcredit.train.rows import (
     EAGER_LENGTH,

@@ -10,9 +10,10 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from scripted_rollouts import GEMMA2, REFINE, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import score_steps
 from stepcredit.head import head_options
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 

@@ -17,16 +17,17 @@ import stepcredit.ops
 from hindsight_rollouts import QUESTIONS, TOKENIZER, make
 from scripted_rollouts import GEMMA2, write
 from stepcredit import reference
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.policy_tokens import score_top_tokens
 from stepcredit.credit import METHODS, Credit, Distillation, SDSearch, SearchR1
 from stepcredit.credit.hindsight import attempt_of, block_text, hindsight_texts, with_block
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import SpanKind
 from stepcredit.scorer import PolicyScorer
-from stepcredit.train.config import LossConfig
 from stepcredit.train.loop import train
 from stepcredit.train.loss import topk_divergence
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.update import policy_update
+from stepcredit.train.update_config import LossConfig
 from tiny_run import played, same, tiny_config, tiny_parts
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.policy_tokens import score_tokens
 from stepcredit.credit import SearchR1
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.report.curves import draw_curves
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train import __main__ as command
 from stepcredit.train import loop, self_play, summary

@@ -7,9 +7,9 @@ import torch
 import torch.multiprocessing as mp
 
 from scripted_rollouts import REFINE, random_policy
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.packing import TokenTree
 from stepcredit.counterfactual import StepGains, score_steps
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from test_models import TOKENIZER, rollouts
 

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import SearchR1, StepSearch
 from stepcredit.credit.step_search import coverage
 from stepcredit.rewards import gold_hit
-from stepcredit.rollout import RolloutBatch, Search
+from stepcredit.rollout import Search
 from turn_rollouts import ANSWER, Turn, batches, pieces, rollout, shuffled
 
 GOLD = ("a", "b")

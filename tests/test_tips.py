@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import stepcredit.credit.tips
 from scripted_rollouts import SEARCH_R1, random_policy, write
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import score_steps
 from stepcredit.credit import TIPS, SearchR1
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from tokenizers_under_test import BUILT
 from turn_rollouts import ANSWER, Turn, batches, gains_of, pieces, rollout, shuffled

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from scripted_rollouts import random_policy
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import score_steps
 from stepcredit.logs import rollout_from_text
 from stepcredit.padded import rollout_from_tokens
 from stepcredit.protocol import Protocol
 from stepcredit.retrieval import Passage
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.tokens import decode, encode
 from stepcredit.tool_calls import ToolCalls

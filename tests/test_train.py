@@ -3,19 +3,18 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import METHODS, Credit, IGSearch, SearchR1
-from stepcredit.report.curves import draw_curves
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import SpanKind
 from stepcredit.train import __main__ as command
 from stepcredit.train import progress
-from stepcredit.train.config import LossConfig, TrainConfig
+from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step
 from stepcredit.train.loop import train
 from stepcredit.train.metrics import documented
@@ -26,6 +25,7 @@ from stepcredit.train.rows import pack_rows, used_lengths
 from stepcredit.train.setup import frozen_copy
 from stepcredit.train.summary import summary_line
 from stepcredit.train.update import policy_update, share_weights
+from stepcredit.train.update_config import LossConfig
 from tiny_run import gradients, played, same, tiny_config, tiny_parts
 
 SUMMARY = (
@@ -336,16 +336,6 @@ def test_the_summary_line_shows_what_was_not_measured():
         "seconds": 430.6,
     }
     assert summary_line(summary) == ("held-out EM 27.5 -> 41.0 (sampled - -> -), gold passages - -> -, 12 steps, 431 s")
-
-
-def test_curves_are_drawn_or_say_why_not(tmp_path, monkeypatch):
-    path = tmp_path / "curves.png"
-    assert "no GRPO step" in draw_curves([], path)
-    line = {"phase": "grpo", "step": 1, "reward": 0.5, "em": None}
-    assert str(path) in draw_curves([line], path)
-    assert path.exists()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib is not installed" in draw_curves([line], tmp_path / "other.png")
 
 
 def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from memory_run import WORDS, base, fresh_parts, made_up_rewards, memory_config, models
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import CoMAM, SearchR1
 from stepcredit.environments.memory import AGENTS
-from stepcredit.rollout import RolloutBatch
 from stepcredit.train import __main__ as command
 from stepcredit.train import memory, memory_setup
 from stepcredit.train import summary as run_summary
@@ -23,7 +23,7 @@ from stepcredit.train.checkpoint import State, load_checkpoint
 from stepcredit.train.memory import train_memory, train_step
 from stepcredit.train.memory_setup import build_memory
 from stepcredit.train.metrics import MetricsLog, documented
-from stepcredit.train.overrides import apply_overrides
+from stepcredit.train.overrides import apply_overrides, to_json
 from stepcredit.train.pipeline import assign_pipeline_rewards
 from stepcredit.train.progress import Reporter
 from stepcredit.train.recipes import comam
@@ -251,7 +251,8 @@ def test_the_command_runs_a_warm_start_and_goes_on(tmp_path, capsys):
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message, monkeypatch):
-    monkeypatch.setattr(memory_setup, "build_agents", lambda *_, **__: models().agents)
+    agents = models().agents  # built before that is replaced
+    monkeypatch.setattr(memory_setup, "build_agents", lambda *_, **__: agents)
     with pytest.raises(ValueError, match=message):
         build_memory(memory_config(*words), Reporter())
 
@@ -288,6 +289,33 @@ def test_a_setting_that_is_not_read_is_refused(words, reason):
         ValueError, match=rf"{name} must be its default, .+, with {reason}, which does not read it, got"
     ):
         build_memory(memory_config(*words), Reporter())
+
+
+def test_a_run_whose_settings_are_refused_now_is_told_what_to_delete(tmp_path, capsys, monkeypatch):
+    settings = to_json(memory_config("data.seed=3", "rewards.em=0.5"))
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/state.json").write_text("{}")
+
+    def resume():
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        assert command.main(["--resume", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    error = resume()
+    for name, default, given in (("data.seed", "0", "3"), ("rewards.em", "0.0", "0.5")):
+        assert f"{name} must be its default, {default}, with memory.conversations, which does not" in error
+        assert f"got {given}" in error
+    told = re.search(r"Leave out (.*?); where a run is resumed, delete them from its config\.json", error)
+    assert told is not None
+    assert told[1].split(", ") == ["data.seed=3", "rewards.em=0.5"]
+    for word in told[1].split(", "):
+        del settings[word.partition("=")[0]]
+
+    def build_agents(*_, **__):
+        raise ValueError("nothing else is refused")
+
+    monkeypatch.setattr(memory_setup, "build_agents", build_agents)
+    assert resume() == "error: nothing else is refused\n"
 
 
 @pytest.mark.parametrize(

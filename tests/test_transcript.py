@@ -6,7 +6,7 @@ import random
 import pytest
 
 import tokenizers_under_test
-from stepcredit.environments.search import Response
+from stepcredit.environments import Response
 from stepcredit.protocol import PROTOCOLS
 from stepcredit.retrieval import Passage
 from stepcredit.rollout import ENVIRONMENT_KINDS, Question, Search, Span, SpanKind

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import SearchR1
 from stepcredit.credit.base import group_relative
 from stepcredit.credit.turns import Turns, add_step_credit
-from stepcredit.rollout import Rollout, RolloutBatch, Search, Span, SpanKind
+from stepcredit.rollout import Rollout, Search, Span, SpanKind
 from turn_rollouts import ANSWER, Turn, batches, rollout
 
 

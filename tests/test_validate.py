@@ -5,10 +5,11 @@ import math
 import pytest
 
 from stepcredit.credit import IGSearch, SearchR1
-from stepcredit.train.config import EvaluationConfig, LossConfig, TrainConfig
+from stepcredit.train.config import EvaluationConfig, TrainConfig
 from stepcredit.train.overrides import apply_overrides
 from stepcredit.train.recipes import get_recipe
 from stepcredit.train.setup import load_data
+from stepcredit.train.update_config import LossConfig
 
 
 @pytest.mark.parametrize(

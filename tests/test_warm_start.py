@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.data.demonstrations import Demonstration
-from stepcredit.rollout import Question, RolloutBatch, SpanKind
+from stepcredit.rollout import Question, SpanKind
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.update import supervised_step
 from stepcredit.train.warm_start import play

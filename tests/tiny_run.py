@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.data.demonstrations import demonstrations
-from stepcredit.rollout import Rollout, RolloutBatch
+from stepcredit.rollout import Rollout
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.engine import HFEngine
 from stepcredit.train.optimizer import MasterAdamW

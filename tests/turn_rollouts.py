@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import StepGains
-from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, Span, SpanKind
+from stepcredit.rollout import Question, Rollout, Search, Span, SpanKind
 
 PROMPT = (1, 2, 3)
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.ops import (
     TreeLayout,
     gather_logprobs,
@@ -11,7 +12,7 @@ from stepcredit.ops import (
     topk_search,
     tree_attention,
 )
-from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, Span, SpanKind
+from stepcredit.rollout import Question, Rollout, Search, Span, SpanKind
 
 if TYPE_CHECKING:
     from stepcredit.scoring import score_information_gain

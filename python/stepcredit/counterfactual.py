@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.audit import audit
 from stepcredit.branches.contexts import REASONS, Branches, TrunkMode, plan_step, read_trunk
 from stepcredit.branches.draws import Pool, StepId, draw_passages
@@ -26,7 +27,7 @@ from stepcredit.ops import _checks as check
 from stepcredit.ops import information_gain
 from stepcredit.protocol import Protocol
 from stepcredit.reference import InformationGain
-from stepcredit.rollout import RolloutBatch, SpanKind
+from stepcredit.rollout import SpanKind
 from stepcredit.scorer import PolicyScorer
 
 OP = "score_steps"

@@ -12,11 +12,12 @@ from hashlib import blake2b
 
 from transformers import PreTrainedTokenizerBase
 
-from stepcredit.environments.search import Response
-from stepcredit.protocol import Protocol, Turn, get_protocol, tag_patterns
+from stepcredit.environments import Response
+from stepcredit.protocol import Protocol, get_protocol, tag_patterns
 from stepcredit.rollout import Question, Rollout, Search, SpanKind
 from stepcredit.tokens import decode, leading_bos
 from stepcredit.train.engine.transcript import Transcript
+from stepcredit.turn import Turn
 
 
 def rollout_from_text(

@@ -13,11 +13,13 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.logs import message_passages
-from stepcredit.protocol import Protocol, Turn, get_protocol
-from stepcredit.rollout import Question, Rollout, RolloutBatch, Search, SpanKind
+from stepcredit.protocol import Protocol, get_protocol
+from stepcredit.rollout import Question, Rollout, Search, SpanKind
 from stepcredit.tokens import decode, encode
 from stepcredit.train.engine.transcript import Transcript
+from stepcredit.turn import Turn
 
 OP = "pack_padded"
 

@@ -10,8 +10,8 @@ arXiv 2605.13534; the wording, and the tags of the last, are ours):
 * `clarify`: the policy writes `<think> <ask> <answer>`, the environment `<reply>`: who is asked is not a retriever but
   the user.
 
-A *turn* is the policy's text since the environment last spoke. Only what the environment wrote is ever trusted as
-environment text: its tags typed by the policy stay policy text and are counted as forged.
+A *turn* is the policy's text since the environment last spoke (`stepcredit.turn`). Only what the environment wrote is
+ever trusted as environment text: its tags typed by the policy stay policy text and are counted as forged.
 """
 
 from __future__ import annotations
@@ -25,54 +25,14 @@ from typing import TYPE_CHECKING, Literal
 from transformers import PreTrainedTokenizerBase
 
 from stepcredit._names import nearest
-from stepcredit._queries import Queries, cut_queries
 from stepcredit.rollout import Question, SpanKind
 from stepcredit.tokens import encode, leading_bos, special_text
+from stepcredit.turn import Tag, Turn, cut_turn
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Passage
 
 PromptStyle = Literal["plain", "chat"]
-Action = Literal["search", "ask", "answer", "invalid"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Characters `[start, stop)` of a turn's text and the kind of span they are."""
-
-    kind: SpanKind
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One parsed turn.
-
-    Attributes:
-        action: "search" ("ask" in a grammar that asks) or "answer" when the turn holds a well-formed one, else
-            "invalid".
-        content: the query, question or answer, stripped; "" for an invalid turn, and where that is empty.
-        pieces: consecutive non-empty pieces that tile the turn's text.
-        forged_tags: number of environment tags that the policy wrote.
-        queries: of a search in a grammar with several queries a search, those to execute, in order, no two the same;
-            () everywhere else.
-        repeated_queries: queries left out of `queries` as they repeat an earlier one (but for case and white space).
-        dropped_queries: queries left out of `queries` as they are beyond the grammar's `max_queries`.
-    """
-
-    action: Action
-    content: str
-    pieces: tuple[Piece, ...]
-    forged_tags: int = 0
-    queries: tuple[str, ...] = ()
-    repeated_queries: int = 0
-    dropped_queries: int = 0
-
-    @property
-    def query(self) -> str:
-        """What a search asks for: its queries one a line, or its content in a grammar with one query a search."""
-        return "\n".join(self.queries) or self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,51 +170,15 @@ class Protocol:
                 the end, in which case the turn is invalid); search tags are then ordinary answer text.
         """
         environment_tags, policy_tags = tag_patterns(self)
-        tags = [(m.start(), m.end(), bool(m[1]), m[2]) for m in policy_tags.finditer(text)]
-        if forced_answer:
-            tags = [tag for tag in tags if tag[3] == "answer"]
-        opener: tuple[int, int, bool, str] | None = (0, 0, False, "answer") if forced_answer else None
-        action: Action = "invalid"
-        content, start, stop = "", -1, -1
-        for tag in tags:
-            if tag[3] not in (self.inquiry, "answer"):
-                continue
-            if not tag[2]:
-                opener = tag
-            elif opener is not None and opener[3] == tag[3]:
-                action = "answer" if tag[3] == "answer" else self.inquiry
-                start, stop = opener[1], tag[0]
-                content = text[start:stop].strip()
-                break
-            else:
-                opener = None
-        several = Queries(end=stop)
-        if action == "search" and self.several_queries:
-            several = cut_queries(text, start, stop, self.max_queries)
-            content = content if several.queries else ""
-        inside = SpanKind.THINK if not content else _INSIDE.get(action, SpanKind.THINK)
-
-        outside = SpanKind.ANSWER if forced_answer and action == "invalid" else SpanKind.THINK
-        kind = outside
-        pieces: list[Piece] = []
-        at = 0
-        for first, last, closing, name in tags:
-            if start <= first < stop:
-                continue
-            if at < first:
-                if at == start:
-                    pieces.append(Piece(inside, at, min(first, several.end)))
-                    at = min(first, several.end)
-                if at < first:
-                    pieces.append(Piece(kind, at, first))
-            pieces.append(Piece(SpanKind.TAG, first, last))
-            at = last
-            if name != "think":
-                kind = outside if closing else self.restating.get(name, outside)
-        if at < len(text):
-            pieces.append(Piece(kind, at, len(text)))
-        forged = len(environment_tags.findall(text))
-        return Turn(action, content, tuple(pieces), forged, several.queries, several.repeated, several.dropped)
+        return cut_turn(
+            text,
+            [Tag(m.start(), m.end(), bool(m[1]), m[2]) for m in policy_tags.finditer(text)],
+            inquiry=self.inquiry,
+            restating=self.restating,
+            max_queries=self.max_queries if self.several_queries else None,
+            forged_tags=len(environment_tags.findall(text)),
+            forced_answer=forced_answer,
+        )
 
     def closes(self, text: str, forced_answer: bool = False) -> bool:
         """Whether the text holds a closing tag that ends a turn: `</search>` (`</ask>`) or `</answer>` (after a forced
@@ -297,7 +221,6 @@ _ANY_TAG = re.compile(
     r"<\s*(?:/\s*)?(?:think|search|ask|answer|question|refine|merge|information|documents|reply|memory|profile)\s*>",
     re.IGNORECASE,
 )
-_INSIDE = {"search": SpanKind.QUERY, "ask": SpanKind.ASK, "answer": SpanKind.ANSWER}
 
 
 def escape_tags(text: str) -> str:

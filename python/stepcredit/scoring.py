@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.contexts import TrunkMode
 from stepcredit.branches.draws import Pool, StepId
 from stepcredit.counterfactual import Baseline, StepGains, score_steps
 from stepcredit.logs import prompt_name, rollout_from_text, split_text
 from stepcredit.protocol import Protocol
-from stepcredit.rollout import Question, Rollout, RolloutBatch
+from stepcredit.rollout import Question, Rollout
 from stepcredit.scorer import PolicyScorer
 
 OP = "score_information_gain"

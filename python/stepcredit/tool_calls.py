@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stepcredit.protocol import Action, Piece, PromptStyle, Protocol, Turn, tag_patterns
+from stepcredit.protocol import PromptStyle, Protocol, tag_patterns
 from stepcredit.rollout import Question, SpanKind
+from stepcredit.turn import Action, Piece, Turn
 
 if TYPE_CHECKING:
     from stepcredit.retrieval import Passage

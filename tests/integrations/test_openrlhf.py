@@ -28,11 +28,12 @@ from openrlhf.utils import get_strategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_world import ActorOnCPU, roll_out, run_command, words
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import IGSearch
 from stepcredit.integrations._rows import prompt_name
 from stepcredit.integrations.openrlhf import IGSearchExperienceMaker, IGSearchTrainer, ScoringActor, check_args
 from stepcredit.padded import rollout_from_tokens
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 from towns import QUESTIONS, bits, save_policy
 

@@ -23,10 +23,10 @@ from skyrl.train.trainer import RayPPOTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skyrl_world import WorkerOnCPU, configure, generator_input, make_generator, register_environment
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import IGSearch
 from stepcredit.integrations.skyrl import IGSearchTrainer, ScoringWorker, question_of_row
 from stepcredit.padded import rollout_from_tokens
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from towns import QUESTIONS, bits, save_policy
 

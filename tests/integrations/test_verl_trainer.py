@@ -35,6 +35,7 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.trainer.ppo.v1 import AgentLoopWorkerTQ, PPOTrainerSync, get_trainer_cls
 from verl.utils import hf_tokenizer
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.integrations._rows import question_of
 from stepcredit.integrations.verl import (
     IGSearchTrainer,
@@ -45,7 +46,6 @@ from stepcredit.integrations.verl import (
 from stepcredit.integrations.verl.reward import COUNTS
 from stepcredit.padded import rollout_from_tokens
 from stepcredit.protocol import get_protocol
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 from towns import QUESTIONS, bits, save_policy
 from verl_world import Server, Workers, configure, row

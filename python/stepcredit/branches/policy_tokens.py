@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.contexts import Trunk
 from stepcredit.branches.forest import Forest, plant
 from stepcredit.branches.tree_reads import TopTokens
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

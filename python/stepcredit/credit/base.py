@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 
 from stepcredit._validate import require
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.distillation import Distillation
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 
@@ -60,14 +60,22 @@ class CreditMethod(Protocol):
         ...
 
 
+class TaughtByAverage(CreditMethod, Protocol):
+    """A method that is to be called with `teacher=` an exponential moving average of the policy."""
+
+    @property
+    def tau(self) -> float:
+        """Share by which the average moves to the policy after each of its steps, in (0, 1]."""
+        ...
+
+
 def taught_by_reference(method: CreditMethod) -> bool:
     """Whether a method is to be called with `teacher=` a frozen copy of the policy: its field `teacher` says so."""
     return getattr(method, "teacher", None) == "reference"
 
 
-def taught_by_average(method: CreditMethod) -> bool:
-    """Whether a method is to be called with `teacher=` an exponential moving average of the policy, which moves by its
-    field `tau`: its field `teacher` says so."""
+def taught_by_average(method: CreditMethod) -> TypeGuard[TaughtByAverage]:
+    """Whether a method is a `TaughtByAverage`: its field `teacher` says so."""
     return getattr(method, "teacher", None) == "average"
 
 

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.policy_tokens import score_tokens
 from stepcredit.credit.base import Credit, mean, resolve_teacher
 from stepcredit.credit.hindsight import with_blocks
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops import masked_advantages
 from stepcredit.protocol import escape_tags
-from stepcredit.rollout import Rollout, RolloutBatch, SpanKind
+from stepcredit.rollout import Rollout, SpanKind
 from stepcredit.scorer import PolicyScorer
 
 

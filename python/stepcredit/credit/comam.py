@@ -14,9 +14,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from stepcredit._validate import at_least, choices
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, mean
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.draws import hash_key
 from stepcredit.protocol import escape_tags
 from stepcredit.rewards import f1
-from stepcredit.rollout import Rollout, RolloutBatch, Span, SpanKind
+from stepcredit.rollout import Rollout, Span, SpanKind
 from stepcredit.scorer import PolicyScorer
 
 BlockKind = Literal["group", "correct_only", "leave_one_out", "single"]

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.contexts import TrunkMode
 from stepcredit.branches.draws import Pool
 from stepcredit.counterfactual import Baseline, StepGains, score_steps
 from stepcredit.credit.base import Credit, mean, outcome_metrics
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, group_relative, mean
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, mean
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import MULTI_QUERIES, RolloutBatch, SpanKind
+from stepcredit.rollout import MULTI_QUERIES, SpanKind
 from stepcredit.scorer import PolicyScorer
 
 #: Parts of the outcome reward that are normalised, in the order of the weights.

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, resolve_teacher
 from stepcredit.credit.distillation import Distillation, Divergence
 from stepcredit.credit.privileged import distil
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops.topk_search import MAX_K
 from stepcredit.protocol import escape_tags
-from stepcredit.rollout import Question, RolloutBatch
+from stepcredit.rollout import Question
 from stepcredit.scorer import PolicyScorer
 
 

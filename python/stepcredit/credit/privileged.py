@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.policy_tokens import runs_of, score_top_tokens
 from stepcredit.credit.base import mean
 from stepcredit.credit.distillation import Distillation, Divergence
 from stepcredit.credit.hindsight import with_blocks
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.policy_tokens import runs_of
 from stepcredit.credit.base import Credit
 from stepcredit.credit.distillation import Distillation, Divergence
@@ -13,7 +14,6 @@ from stepcredit.credit.hindsight import BlockKind, Labels, attempt_of, hindsight
 from stepcredit.credit.privileged import distil
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops.topk_search import MAX_K
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepcredit._validate import at_least, choices
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, outcome_metrics
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

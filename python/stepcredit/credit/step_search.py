@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, mean
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.credit.turns import Placement, add_step_credit
-from stepcredit.rollout import Rollout, RolloutBatch
+from stepcredit.rollout import Rollout
 from stepcredit.scorer import PolicyScorer
 
 #: Why a search can be without a value; each is counted as "step_search/unscored_<reason>".

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 from stepcredit._validate import at_least, choices, require
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import score_steps
 from stepcredit.credit.base import Credit, mean, resolve_teacher
 from stepcredit.credit.ig_search import gain_metrics
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.credit.turns import Placement, add_step_credit
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 

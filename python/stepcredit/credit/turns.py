@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit.base import Credit, mean
 from stepcredit.credit.search_r1 import SearchR1
 from stepcredit.ops import masked_advantages
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
 
 Placement = Literal["query", "closing"]

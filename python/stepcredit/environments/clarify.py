@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from stepcredit._validate import at_least, one_length, require
 from stepcredit.data.referring import Referral
 from stepcredit.data.scenes import iou, region
-from stepcredit.environments.search import Response, fault
+from stepcredit.environments.base import Response, fault
 from stepcredit.environments.user import User, reply
-from stepcredit.protocol import Protocol, Turn
+from stepcredit.protocol import Protocol
 from stepcredit.rollout import Episode, Inquiry, Question, Search, SpanKind
+from stepcredit.turn import Turn
 
 
 class ClarifyEnvironment:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from stepcredit.environments.search import SearchEnvironment, cut_passage
-from stepcredit.protocol import Piece, Protocol, Turn, escape_tags
+from stepcredit.protocol import Protocol, escape_tags
 from stepcredit.retrieval import Passage
 from stepcredit.rewards import normalize_answer, states
 from stepcredit.rollout import Question, Rollout, SpanKind
 from stepcredit.tokens import decode, special_text
+from stepcredit.turn import Piece, Turn
 
 #: Why a walk's question is rejected, in the order in which it is checked:
 #: "format" (no closed question with a closed answer after it, one of them empty, or with tags or the text of a special

@@ -23,10 +23,12 @@ from typing import Any
 
 from stepcredit._validate import one_length, require
 from stepcredit.data.conversations import Conversation, MemoryQuestion
-from stepcredit.environments.search import Response, SearchEnvironment
-from stepcredit.protocol import Piece, Protocol, Turn, escape_tags, tag_patterns
+from stepcredit.environments.base import Response
+from stepcredit.environments.search import SearchEnvironment
+from stepcredit.protocol import Protocol, escape_tags, tag_patterns
 from stepcredit.retrieval import Hits, Passage, ragged_hits
 from stepcredit.rollout import Episode, Question, Search, SpanKind
+from stepcredit.turn import Piece, Turn
 
 #: The agents in the order in which they act.
 AGENTS = ("extraction", "profile", "retrieval")

@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import check_contexts
 from stepcredit.credit import IGSearch
 from stepcredit.environments.search import SearchEnvironment
 from stepcredit.integrations._rows import prompt_name
 from stepcredit.integrations._versions import require
 from stepcredit.padded import pack_padded, spread
-from stepcredit.protocol import Protocol, Turn, get_protocol
+from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.retrieval import Retriever
-from stepcredit.rollout import Question, RolloutBatch, Search
+from stepcredit.rollout import Question, Search
 from stepcredit.scorer import PolicyScorer
 from stepcredit.tokens import decode
 from stepcredit.tool_calls import ToolCalls
+from stepcredit.turn import Turn
 
 require("trl", "1.16", "2")
 

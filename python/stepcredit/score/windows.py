@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.counterfactual import score_steps
-from stepcredit.rollout import RolloutBatch
 from stepcredit.score.journal import Journal, Progress
 from stepcredit.score.options import Options
 from stepcredit.score.records import Log, Record, is_blank, numbered_lines, read_line

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import CreditMethod
 from stepcredit.credit.base import taught_by_average, taught_by_reference
 from stepcredit.data.demonstrations import Demonstration, demonstrations, in_parallel
-from stepcredit.rollout import Question, Rollout, RolloutBatch
+from stepcredit.rollout import Question, Rollout
 from stepcredit.scorer import PolicyScorer
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig

@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.credit import Credit
 from stepcredit.data.conversations import MemoryQuestion
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.data.memory_scripts import MemoryScript, memory_scripts
 from stepcredit.environments.memory import AGENTS, AgentTask
-from stepcredit.rollout import Rollout, RolloutBatch
+from stepcredit.rollout import Rollout
 from stepcredit.train.checkpoint import State, load_checkpoint, save_checkpoint
 from stepcredit.train.config import TrainConfig
 from stepcredit.train.draws import derive_seed, questions_of_step

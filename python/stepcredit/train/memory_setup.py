@@ -142,7 +142,8 @@ def special(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask)
 
 
 def _check_unread(config: TrainConfig) -> None:
-    """ValueError for a setting that the run would not read, and which is not its default."""
+    """ValueError for the settings that the run would not read and that are not their default. A run may have been
+    started before they were refused, so that they are in its `config.json`."""
     settings = config.memory
     unread = dict.fromkeys(_UNREAD, "memory.conversations")
     if settings.conversations != "personas":
@@ -152,12 +153,20 @@ def _check_unread(config: TrainConfig) -> None:
     if settings.models:
         unread["model.name"] = "memory.models"
     defaults = flatten(TrainConfig()) | {"data.questions": ""}
+    refused = {}
     for name, given in flatten(config).items():
         for stem, reason in unread.items():
-            if name == stem or (stem.endswith(".") and name.startswith(stem)):
-                default = defaults[name]
-                rule = f"its default, {as_text(default) or 'empty'}, with {reason}, which does not read it"
-                require(given == default, name, rule, given)
+            covered = name == stem or (stem.endswith(".") and name.startswith(stem))
+            if covered and given != defaults[name]:
+                default = as_text(defaults[name]) or "empty"
+                refused[f"{name}={as_text(given)}"] = (
+                    f"{name} must be its default, {default}, with {reason}, which does not read it, got {given!r}"
+                )
+    if refused:
+        raise ValueError(
+            f"{'; '.join(refused.values())}. Leave out {', '.join(refused)}; where a run is resumed, delete them from "
+            "its config.json"
+        )
 
 
 def _check_prompt(config: TrainConfig, parts: MemoryParts, name: str, task: AgentTask, what: str) -> None:

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from stepcredit.assets import resolve_model
+from stepcredit.batch import RolloutBatch
 from stepcredit.head import head_distribution, head_logprobs
-from stepcredit.rollout import RolloutBatch
 from stepcredit.train.rows import EAGER_LENGTH, Row, row_inputs
 
 Indices = NDArray[np.integer[Any]]

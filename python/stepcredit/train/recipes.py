@@ -13,7 +13,6 @@ from stepcredit.train.config import (
     EnvironmentConfig,
     EvaluationConfig,
     ModelConfig,
-    OptimizerConfig,
     SamplingConfig,
     TrainConfig,
     WarmStartConfig,
@@ -21,6 +20,7 @@ from stepcredit.train.config import (
 from stepcredit.train.memory_config import MemoryConfig
 from stepcredit.train.rewards import RewardWeights
 from stepcredit.train.self_play_config import SelfPlayConfig
+from stepcredit.train.update_config import OptimizerConfig
 
 
 def quickstart() -> TrainConfig:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepcredit.rollout import RolloutBatch
+from stepcredit.batch import RolloutBatch
 
 #: What a micro-batch costs beside its tokens (collecting a set of gradients), in tokens; measured with 135M parameters
 #: on two CPU cores.

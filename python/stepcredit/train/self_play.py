@@ -65,7 +65,7 @@ class SelfPlay:
         )
         self.average: AveragePolicy | None = None
         if taught_by_average(config.credit):
-            self.average = AveragePolicy(parts.scorer, parts.optimizer, getattr(config.credit, "tau", 1.0))
+            self.average = AveragePolicy(parts.scorer, parts.optimizer, config.credit.tau)
 
     def warm_start(self, state: State, log: MetricsLog) -> None:
         """Supervised steps on demonstrations of both roles, made from the corpus alone; then the average begins."""

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from stepcredit.batch import RolloutBatch
 from stepcredit.branches.policy_tokens import score_tokens
 from stepcredit.credit import Credit, Distillation
-from stepcredit.rollout import RolloutBatch
 from stepcredit.scorer import PolicyScorer
-from stepcredit.train.config import LossConfig
 from stepcredit.train.loss import Aggregation, policy_loss, token_weights, topk_divergence
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.policy import Forward, policy_logprobs, row_limit, training_attention
 from stepcredit.train.rows import micro_batches, pack_rows, used_lengths
+from stepcredit.train.update_config import LossConfig
 
 
 def supervised_step(

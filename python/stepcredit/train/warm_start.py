@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from stepcredit.data.demonstrations import Demonstration
 from stepcredit.environments import Environment
-from stepcredit.protocol import PromptStyle, Turn
+from stepcredit.protocol import PromptStyle
 from stepcredit.rollout import Rollout
 from stepcredit.train.engine import Transcript
+from stepcredit.turn import Turn
 
 
 def play(

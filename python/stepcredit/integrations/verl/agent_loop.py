@@ -14,14 +14,15 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from verl.utils.profiler import simple_timer
 from verl.utils.rollout_trace import rollout_trace_op
 
-from stepcredit.environments.search import Response, SearchEnvironment
+from stepcredit.environments import Response, SearchEnvironment
 from stepcredit.integrations._rows import question_of
 from stepcredit.integrations.verl.advantage import StepRewardOutput
 from stepcredit.integrations.verl.options import Options, read_options
-from stepcredit.protocol import Protocol, Turn, get_protocol
+from stepcredit.protocol import Protocol, get_protocol
 from stepcredit.rollout import Question, Rollout, Search, SpanKind
 from stepcredit.tokens import decode
 from stepcredit.train.engine.transcript import Transcript
+from stepcredit.turn import Turn
 
 #: Closing tags as policies spell them as a rule; servers stop there. Others are found by `Protocol.closes`.
 _STOPS = ("</search>", "</answer>")

@@ -9,10 +9,11 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-from stepcredit.environments.search import Response
-from stepcredit.protocol import Piece, Protocol, Turn
+from stepcredit.environments import Response
+from stepcredit.protocol import Protocol
 from stepcredit.rollout import Episode, Question, Rollout, Search, Span, SpanKind
 from stepcredit.tokens import boundaries, decode, encode
+from stepcredit.turn import Piece, Turn
 
 # Who owns a token that carries visible characters of several kinds; tags own it only when nothing else does.
 _PRIORITY = {
