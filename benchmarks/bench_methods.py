@@ -15,7 +15,12 @@ work, so that a round runs them once and the methods share the time. Overheads a
 and of credit and update alone. The memory that `sd_search` adds has a row of its own, beside the size of the logits of
 its query tokens.
 
-`pi_play` and `clarify` have no row: the batch's question has no construction path and its turns ask no user.
+Two methods are for rollouts of another kind. The questions have a construction path, as if an examiner had begun with a
+passage and searched as often as a rollout does, which only `pi_play` reads. Its row is a step of the student: the
+examiner's own rollouts and updates are no part of it. `clarify` is given the batch as dialogues, the same tokens with
+queries as questions to a user and passages as replies, on which `search_r1` does the same work; replies of a real user
+are shorter. It is measured at the beginning of the training, when a teacher weighs its advantages, all others at the
+end, when `sd_search` has had its warm-up.
 """
 
 from __future__ import annotations
@@ -32,12 +37,13 @@ import pytest
 import torch
 
 from benchmarks.measure import DEVICE, peak_bytes, synchronised
-from benchmarks.scripted_batch import PROTOCOL, Script, policy, words_only
+from benchmarks.scripted_batch import PROTOCOL, Script, as_dialogue, policy, words_only
 from benchmarks.shapes import SHAPES
 from stepcredit.batch import RolloutBatch
 from stepcredit.credit import (
     IGPO,
     TIPS,
+    Clarify,
     CoMAM,
     Credit,
     CreditMethod,
@@ -45,12 +51,15 @@ from stepcredit.credit import (
     IGSearch,
     MRSearch,
     MultiSearch,
+    PiPlay,
     SDSearch,
     SearchR1,
     StepSearch,
 )
-from stepcredit.credit.base import taught_by_reference
+from stepcredit.credit.base import taught_by_average, taught_by_reference
 from stepcredit.rollout import Rollout
+from stepcredit.scorer import PolicyScorer
+from stepcredit.train.average import AveragePolicy
 from stepcredit.train.engine import HFEngine, Sampling
 from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.update import policy_update
@@ -68,6 +77,8 @@ METHODS: dict[str, CreditMethod] = {
     "step_search": StepSearch(),
     "mr_search": MRSearch(),
     "comam": CoMAM(),
+    "pi_play": PiPlay(),
+    "clarify": Clarify(),
 }
 #: What the papers say a method adds to a training step's time.
 PAPERS = {"ig_search": 0.064, "sd_search": 0.155}
@@ -75,6 +86,8 @@ UPDATES = {"one_update": LossConfig(), "two_updates": LossConfig(minibatches=2)}
 #: Rounds: so many, but none that would start after so many seconds.
 ROUNDS, SECONDS = 3, 360.0 if DEVICE == "cpu" else 15.0
 DTYPES = [torch.float32 if DEVICE == "cpu" else torch.bfloat16]
+#: How the metrics end that count rollouts without a teacher.
+LEFT_OUT = ("without_path", "without_block", "too_long")
 #: Largest difference of a packed score to a separate forward, nats per token, at which a method still counts as right.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
@@ -106,7 +119,9 @@ class Step:
         self.scorer = policy(*(size.pop(name) for name in ("layers", "width", "vocabulary")), dtype=dtype)
         self.script = Script(self.scorer, **size)
         self.batch = RolloutBatch.pack(self.script.rollouts, DEVICE)
+        self.dialogues = RolloutBatch.pack([as_dialogue(rollout) for rollout in self.script.rollouts], DEVICE)
         self.optimizer = MasterAdamW(self.scorer.model)
+        self.average = AveragePolicy(self.scorer, self.optimizer, PiPlay().tau)
         self.engine = HFEngine(self.scorer.model, self.scorer.tokenizer, PROTOCOL)
 
     def rollout(self) -> list[Rollout]:
@@ -117,14 +132,23 @@ class Step:
             return self.engine.rollout(self.script.questions, environment, sampling, group_size=self.script.size)
 
     def credit(self, method: CreditMethod, updates: str, *, verify: bool = False) -> Credit:
-        """As the trainer calls it, at the end of the training: sd_search has had its warm-up."""
+        """As the trainer calls it, when the method does all that it does: at the end of the training or, of clarify, at
+        the beginning."""
+        batch, progress = (self.dialogues, 0.0) if isinstance(method, Clarify) else (self.batch, 1.0)
         temperature = 1.0 if UPDATES[updates].optimizer_steps > 1 else None
-        teacher = {"teacher": self.scorer} if taught_by_reference(method) else {}
-        return method(self.batch, self.scorer, progress=1.0, temperature=temperature, verify=verify, **teacher)
+        teacher: dict[str, PolicyScorer] = {"teacher": self.scorer} if taught_by_reference(method) else {}
+        if taught_by_average(method):
+            teacher = {"teacher": self.average.scorer}
+        return method(batch, self.scorer, progress=progress, temperature=temperature, verify=verify, **teacher)
 
-    def update(self, credit: Credit, updates: str) -> dict[str, float]:
+    def update(self, name: str, credit: Credit, updates: str) -> dict[str, float]:
+        """As the trainer does it; an average of the policy moves, and is compared with the policy, after each."""
         settings = {"learning_rate": 0.0, "temperature": 1.0}
-        return policy_update(self.scorer, self.optimizer, self.batch, credit, UPDATES[updates], **settings)
+        metrics = policy_update(self.scorer, self.optimizer, self.batch, credit, UPDATES[updates], **settings)
+        if taught_by_average(METHODS[name]):
+            self.average.update()
+            self.average.distance()
+        return metrics
 
     def work(self, name: str, credit: Credit) -> object:
         """What an update runs: the tokens with an advantage, the teacher, and whether old log-probs are known."""
@@ -147,7 +171,8 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 def check(step: Step, updates: str, dtype: torch.dtype) -> None:
     """A wrong result has no speed: scores are those of separate forwards, what the environment wrote has no advantage,
-    sd_search leaves advantages as they are, and the engine samples as many tokens as the batch's policy wrote."""
+    a distillation leaves advantages as they are, no teacher leaves out a rollout, and the engine samples as many
+    tokens as the batch's policy wrote."""
     plain = step.credit(METHODS["search_r1"], updates)
     for name, method in METHODS.items():
         credit = step.credit(method, updates, verify=True)
@@ -155,6 +180,8 @@ def check(step: Step, updates: str, dtype: torch.dtype) -> None:
         assert apart < TOLERANCE[dtype], f"{name} differs from separate forwards by {apart}"
         assert bool(credit.advantages.isfinite().all()), f"{name} has advantages that are not finite"
         assert not bool(credit.advantages[~step.batch.policy_mask].any()), f"{name} credits the environment"
+        left_out = {metric: count for metric, count in credit.metrics.items() if metric.endswith(LEFT_OUT) and count}
+        assert not left_out, f"{name} leaves out rollouts: {left_out}"
         if credit.distillation is not None:
             assert torch.equal(credit.advantages, plain.advantages), f"{name} changes advantages"
     for found, written in zip(step.rollout(), step.script.rollouts, strict=True):
@@ -169,7 +196,7 @@ def measured(shape: str, dtype: torch.dtype, updates: str) -> Measured:
     step, found = step_of(shape, dtype), Measured()
     started = time.perf_counter()
     if shape != "small":  # moments of the optimizer, and threads
-        step.update(step.credit(METHODS["search_r1"], updates), updates)
+        step.update("search_r1", step.credit(METHODS["search_r1"], updates), updates)
     for number in range(1 if shape == "small" else ROUNDS):
         if found.rollout and time.perf_counter() - started > SECONDS:
             break
@@ -183,7 +210,7 @@ def measured(shape: str, dtype: torch.dtype, updates: str) -> Measured:
             found.credit[name].append(taken)
             work = step.work(name, credit)
             if work not in shared:
-                shared[work] = timed(lambda credit=credit: step.update(credit, updates))
+                shared[work] = timed(lambda name=name, credit=credit: step.update(name, credit, updates))
             metrics, taken = shared[work]
             found.update[name].append(taken)
             tokens = {"credit": credit.metrics.get("tokens_forwarded", 0.0), "update": metrics["tokens_forwarded"]}
@@ -219,11 +246,11 @@ def test_methods(benchmark: Any, shape: str, dtype: torch.dtype, updates: str, m
 @pytest.mark.parametrize("shape", SHAPES["methods"])
 def test_memory(benchmark: Any, shape: str, dtype: torch.dtype, memory: str) -> None:
     step, credits = step_of(shape, dtype), {}
-    step.update(step.credit(METHODS["search_r1"], "one_update"), "one_update")  # moments of the optimizer
+    step.update("search_r1", step.credit(METHODS["search_r1"], "one_update"), "one_update")  # moments of the optimizer
 
     def run(name: str) -> None:
         credits[name] = step.credit(METHODS[name], "one_update")
-        step.update(credits[name], "one_update")
+        step.update(name, credits[name], "one_update")
 
     peaks = {name: peak_bytes(lambda name=name: run(name)) for name in ("search_r1", "sd_search")}
     benchmark.pedantic(lambda: run("sd_search"), rounds=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import DEVICE
 from stepcredit.environments import Response
 from stepcredit.protocol import get_protocol
-from stepcredit.rollout import Episode, Question, Rollout, Search, SpanKind
+from stepcredit.rollout import Episode, Inquiry, Question, Rollout, Search, SpanKind
 from stepcredit.scorer import PolicyScorer
 from stepcredit.tokens import encode
 from stepcredit.train.engine import Transcript
@@ -61,7 +62,13 @@ class Script:
             [self.text(passage, ("passage", b, step)) for step in range(searches)] for b in range(rollouts)
         ]
         self.questions = [
-            Question(f"q{g}", self.text(prompt, ("prompt", g)), (self.text(6, ("gold", g)),), supporting=(f"{g} 0 0",))
+            Question(
+                f"q{g}",
+                self.text(prompt, ("prompt", g)),
+                (self.text(6, ("gold", g)),),
+                supporting=(f"{g} 0 0",),
+                path=self.path(g, passage),
+            )
             for g in range(groups)
         ]
         self.rollouts = [self.write(g, b) for g in range(groups) for b in range(rollouts)]
@@ -80,6 +87,11 @@ class Script:
 
     def text(self, tokens: int, seed: object) -> str:
         return str(self.tokenizer.decode(self.ids(seed, tokens))).strip()
+
+    def path(self, group: int, passage: int) -> tuple[tuple[str, str], ...]:
+        """How an examiner might have come to a question: a passage, then as many searches as a rollout has."""
+        queries = ["", *(self.text(QUERY, ("walk", group, step)) for step in range(self.searches))]
+        return tuple((query, self.text(passage, ("shown", group, step))) for step, query in enumerate(queries))
 
     def turn(self, group: int, rollout: int, step: int) -> list[int]:
         think, query = (self.ids((group, rollout, step, part), n) for part, n in (("think", THINK), ("query", QUERY)))
@@ -126,6 +138,19 @@ class Script:
             Response(done=True) if was_forced else self.response(0, b % self.size, len(done), "")
             for b, (_turn, done, was_forced) in enumerate(zip(turns, searches, forced, strict=True))
         ]
+
+
+def as_dialogue(rollout: Rollout) -> Rollout:
+    """The same tokens as a dialogue: queries are questions to a user, and passages replies, each of which leaves half
+    of the regions that could be meant."""
+    kinds = {SpanKind.QUERY: SpanKind.ASK, SpanKind.DOCUMENTS: SpanKind.REPLY}
+    spans = [replace(span, kind=kinds.get(span.kind, span.kind)) for span in rollout.spans]
+    left = [tuple(range(1 << n)) for n in range(len(rollout.searches), -1, -1)]
+    inquiries = [
+        Inquiry(search.step, search.query, (), before=len(before), remaining=after)
+        for search, before, after in zip(rollout.searches, left, left[1:], strict=False)
+    ]
+    return replace(rollout, spans=spans, searches=inquiries)
 
 
 @contextmanager
