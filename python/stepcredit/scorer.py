@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit._attention import running_attention
 from stepcredit.branches.packing import Bin, TokenTree, pack
 from stepcredit.ops.topk_search import MAX_K
 from stepcredit.protocol import Protocol, get_protocol
@@ -246,19 +247,13 @@ class PolicyScorer:
 
     @contextmanager
     def _prepared(self, attention: str) -> Iterator[None]:
-        """Evaluation mode and this attention; afterwards what was there before, module by module, and part by part for
-        the attention of a model of several parts, such as one with a vision tower."""
+        """Evaluation mode and this attention; afterwards what was there before, module by module."""
         training = [module for module in self.model.modules() if module.training]
-        config = self.model.config
-        parts = {name: getattr(config, name, None) for name in config.sub_configs}
-        before = {"": config._attn_implementation}
-        before |= {name: part._attn_implementation for name, part in parts.items() if part is not None}
         try:
             self.model.eval()
-            self.model.set_attn_implementation(attention)
-            yield
+            with running_attention(self.model, attention):
+                yield
         finally:
-            self.model.set_attn_implementation(before)
             for module in training:
                 module.training = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from stepcredit._attention import running_attention
 from stepcredit.assets import resolve_model
 from stepcredit.batch import RolloutBatch
 from stepcredit.head import head_distribution, head_logprobs
@@ -226,11 +227,5 @@ def training_attention(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[
     before = model.config._attn_implementation
     short = model.device.type == "cpu" and all(len(row.tokens) <= EAGER_LENGTH for row in rows)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    eager = before == "sdpa" and (short or capped)
-    if eager:
-        model.set_attn_implementation("eager")
-    try:
+    with running_attention(model, "eager") if before == "sdpa" and (short or capped) else nullcontext():
         yield
-    finally:
-        if eager:
-            model.set_attn_implementation(before)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit._attention import running_attention
 from stepcredit.environments import Environment
 from stepcredit.protocol import PromptStyle, Protocol
 from stepcredit.rollout import Question, Rollout
@@ -294,15 +295,12 @@ class HFEngine:
         attention = self._config._attn_implementation
         # Soft-capped scores exist only in the eager implementation.
         usable = "eager" if getattr(self._config, "attn_logit_softcapping", None) else "sdpa"
+        takes_masks = attention in (usable, "eager")
         self.model.eval()
         try:
-            if attention not in (usable, "eager"):
-                self.model.set_attn_implementation(usable)
-            with torch.inference_mode():
+            with nullcontext() if takes_masks else running_attention(self.model, usable), torch.inference_mode():
                 yield
         finally:
-            if attention not in (usable, "eager"):
-                self.model.set_attn_implementation(attention)
             for module, flag in training.items():
                 module.training = flag
 
