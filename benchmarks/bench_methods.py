@@ -84,7 +84,7 @@ METHODS: dict[str, CreditMethod] = {
 PAPERS = {"ig_search": 0.064, "sd_search": 0.155}
 UPDATES = {"one_update": LossConfig(), "two_updates": LossConfig(minibatches=2)}
 #: Rounds: so many, but none that would start after so many seconds.
-ROUNDS, SECONDS = 3, 360.0 if DEVICE == "cpu" else 15.0
+ROUNDS, SECONDS = 3, 450.0 if DEVICE == "cpu" else 15.0
 DTYPES = [torch.float32 if DEVICE == "cpu" else torch.bfloat16]
 #: How the metrics end that count rollouts without a teacher.
 LEFT_OUT = ("without_path", "without_block", "too_long")
