@@ -7,7 +7,8 @@ Five ways to score every search step of a group of rollouts under its own and N 
   position and keeps the answer's; a micro-batch holds the contexts of a step;
 * `trimmed`: separate contexts at their best: a batch for each step, as wide as its own contexts, logits of the answer
   only;
-* `cached`: each context a continuation of a kept cache of the rollout, the N others as one batch;
+* `cached`: each context a continuation of a kept cache of the rollout, the N others as one batch; rollouts share
+  nothing, not even their prompt;
 * ours, unfolded: one packed pass;
 * ours, folded: what it adds to the packed pass over the policy's old log-probs, which GRPO makes anyway.
 
