@@ -65,6 +65,9 @@ from stepcredit.train.optimizer import MasterAdamW
 from stepcredit.train.update import policy_update
 from stepcredit.train.update_config import LossConfig
 
+#: Its `tau` is also that of the average it is taught by.
+PI_PLAY = PiPlay()
+
 #: The methods that are measured, each with its default constants; the first is what the others are compared with.
 METHODS: dict[str, CreditMethod] = {
     "search_r1": SearchR1(),
@@ -77,7 +80,7 @@ METHODS: dict[str, CreditMethod] = {
     "step_search": StepSearch(),
     "mr_search": MRSearch(),
     "comam": CoMAM(),
-    "pi_play": PiPlay(),
+    "pi_play": PI_PLAY,
     "clarify": Clarify(),
 }
 #: What the papers say a method adds to a training step's time.
@@ -121,7 +124,7 @@ class Step:
         self.batch = RolloutBatch.pack(self.script.rollouts, DEVICE)
         self.dialogues = RolloutBatch.pack([as_dialogue(rollout) for rollout in self.script.rollouts], DEVICE)
         self.optimizer = MasterAdamW(self.scorer.model)
-        self.average = AveragePolicy(self.scorer, self.optimizer, PiPlay().tau)
+        self.average = AveragePolicy(self.scorer, self.optimizer, PI_PLAY.tau)
         self.engine = HFEngine(self.scorer.model, self.scorer.tokenizer, PROTOCOL)
 
     def rollout(self) -> list[Rollout]:

@@ -98,7 +98,7 @@ struct CertifiedSearchParams {
   const float* error;   // [blocks * kInt8Block]
   const float* norm;    // [blocks * kInt8Block]
   Int8Queries queries;
-  Int8Queries coarse;          // of 6 bits, to leave out most blocks at less cost; rows null: do without
+  Int8Queries coarse;          // to leave out most blocks at less cost; rows null: do without. With kAvx2 alone
   const float* query_norm;     // [num_queries], at least the length of the query
   const float* query_mean;     // [num_queries], inner product with the centre
   const float* exact_queries;  // [num_queries, width]

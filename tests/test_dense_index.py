@@ -72,7 +72,8 @@ def test_hits_are_those_of_scores_summed_in_double(name, dtype, monkeypatch):
     index = DenseIndex.build(vectors, dtype)
     stored = vectors.to(torch.bfloat16) if dtype == "bfloat16" else vectors
     special = torch.cat([vectors[-1:], 1e-20 * vectors[:1], 0 * vectors[:1]])
-    for queries in (special, torch.cat([normal(15, vectors.shape[1], 7), special])):  # few, and a panel and two more
+    many = torch.cat([normal(15, vectors.shape[1], 7), special])  # a panel and two more, enough for a coarse product
+    for queries in (special, many):
         for k in (1, 3, 10, 200):
             hits = index.search(queries, k)
             scores, ids = exact(queries, stored, k)
@@ -88,9 +89,9 @@ def test_every_way_to_multiply_is_certified(path):
         pytest.skip("this processor has no such instruction")
     for vectors in adversarial().values():
         all_queries = torch.cat([normal(COARSE_QUERIES + 3, vectors.shape[1], 7), vectors[:1]])
-        k = min(5, len(vectors))
+        rows, k = quantize(vectors), min(5, len(vectors))
         for queries in (all_queries, all_queries[-3:]):  # with a coarse product first, and without
-            hits = certified_search(queries, quantize(vectors), vectors, k, path=path)
+            hits = certified_search(queries, rows, vectors, k, path=path)
             scores, ids = exact(queries, vectors, k)
             assert torch.equal(hits.ids, ids)
             assert torch.equal(hits.scores, scores)
@@ -99,8 +100,8 @@ def test_every_way_to_multiply_is_certified(path):
 @pytest.mark.skipif(not COARSE_LEVELS.keys() <= set(range(_C.int8_path + 1)), reason="no such instruction here")
 @pytest.mark.parametrize("path", COARSE_LEVELS)
 def test_a_coarse_product_first_changes_no_hit(path, monkeypatch):
-    """Over blocks enough for it to be judged useful and useless: near the first queries lie few passages, near the
-    others, whose bounds coarse products do not tell apart, all of them."""
+    """Over blocks enough for it to be judged useful and useless: to the first queries few passages are near, to the
+    others, among which coarse products do not tell much apart, most of them."""
     vectors = compressed(20_000, 100)  # whose groups are no multiple of those that are added at once
     vectors[7000:] = torch.nn.functional.normalize(vectors[7000] + 0.02 * normal(13_000, 100, 5))
     queries = torch.cat([vectors[:30], vectors[-30:]])
@@ -112,7 +113,6 @@ def test_a_coarse_product_first_changes_no_hit(path, monkeypatch):
     for hits in (coarse, fine):
         assert torch.equal(hits.ids, ids)
         assert torch.equal(hits.scores, scores)
-    assert (coarse.rescored <= fine.rescored).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -196,7 +196,7 @@ def test_approximate_hits_only_when_allowed():
     torch.testing.assert_close(rough.scores, sure.scores, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("number", [1, 9])
+@pytest.mark.parametrize("number", [1, 9, COARSE_QUERIES + 4])
 def test_threads_change_nothing(number):
     vectors, queries = compressed(3000), normal(number)
     found, threads = [], torch.get_num_threads()
@@ -210,7 +210,8 @@ def test_threads_change_nothing(number):
         for hits, first in zip(one, found[0], strict=True):
             assert torch.equal(hits.ids, first.ids)
             assert torch.equal(hits.scores, first.scores)
-            assert torch.equal(hits.rescored, first.rescored)
+            if number < COARSE_QUERIES:  # which blocks coarse products leave out depends on where threads begin
+                assert torch.equal(hits.rescored, first.rescored)
 
 
 def test_more_ties_than_can_be_looked_at_in_one_go():

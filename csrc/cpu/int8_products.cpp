@@ -116,8 +116,8 @@ __attribute__((target("avx2"), always_inline)) inline void add_avx2(const uint8_
 }
 
 // Pairs of products are added in 16 bits, which queries of 7 bits cannot overflow: 2 * 255 * 63 < 2^15; nor can those
-// of 6 bits when two groups are added: 4 * 255 * 32. Few groups at a time, so that their rows stay in the L1 cache for
-// all queries; two queries at a time, so that sums stay in registers.
+// of -32 to 32 when two groups are added: 4 * 255 * 32 < 2^15. Few groups at a time, so that their rows stay in the L1
+// cache for all queries; two queries at a time, so that sums stay in registers.
 template <int Count, int Vectors, int Added>
 __attribute__((target("avx2"))) void multiply_avx2(const uint8_t* block, const int8_t* const (&queries)[kInt8Queries],
                                                    int64_t groups, int32_t (&sums)[kInt8Queries][kInt8Block]) {

@@ -11,6 +11,9 @@ from stepcredit.rollout import SpanKind
 
 Action = Literal["search", "ask", "answer", "invalid"]
 
+#: What stands inside an action's tags.
+_INSIDE = {"search": SpanKind.QUERY, "ask": SpanKind.ASK, "answer": SpanKind.ANSWER}
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -109,9 +112,6 @@ def cut_turn(
     if at < len(text):
         pieces.append(Piece(kind, at, len(text)))
     return Turn(action, content, tuple(pieces), forged_tags, several.queries, several.repeated, several.dropped)
-
-
-_INSIDE = {"search": SpanKind.QUERY, "ask": SpanKind.ASK, "answer": SpanKind.ANSWER}
 
 
 def _first_action(

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from stepcredit.retrieval._vectors import SLICE, parts
 
-#: Passages of a block, components of a group: the layout of csrc/cpu/int8_products.h.
+#: Passages of a block, components of a group: the layout of `QuantizeParams` in csrc/params.h.
 BLOCK, GROUP = 64, 4
 
 #: Ways to multiply on this machine, by what `_C.int8_path` says, and the highest integer of a query for each.
 LEVELS = {0: 127, 1: 63, 2: 127}
 
-#: The same for a first product that leaves few passages to a second, where two are faster than one: by AVX2, whose
-#: products of queries of 6 bits need less widening, and from so many queries on. Fewer wait for memory anyway.
+#: The same for a first, coarse product that leaves few blocks to the fine one, and from how many queries on there is
+#: one. By AVX2 alone, where smaller integers need less widening; fewer queries wait for memory, whatever is multiplied.
 COARSE_LEVELS, COARSE_QUERIES = {1: 32}, 16
 
 

@@ -224,8 +224,8 @@ def row_limit(model: PreTrainedModel, max_tokens: int) -> int:
 def training_attention(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[None]:
     """Attention as plain matrix products where torch's fused kernel is slower (short rows on the CPU) or cannot do it
     (soft-capped scores)."""
-    before = model.config._attn_implementation
+    fused = model.config._attn_implementation == "sdpa"
     short = model.device.type == "cpu" and all(len(row.tokens) <= EAGER_LENGTH for row in rows)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    with running_attention(model, "eager") if before == "sdpa" and (short or capped) else nullcontext():
+    with running_attention(model, "eager") if fused and (short or capped) else nullcontext():
         yield
